@@ -1,0 +1,3 @@
+from pallas_kernels.route.api import Routing, RoutingRule, explain, route
+
+__all__ = ["Routing", "RoutingRule", "explain", "route"]

@@ -1,0 +1,99 @@
+"""Routing: which experts a token goes to, and with what weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingRule:
+    """How router logits become expert ids and weights. Static: part of the compiled program.
+
+    score:
+      `softmax`       probabilities over all experts, then the `top_k` largest (Switch, Mixtral, OLMoE, Qwen-MoE, DeepSeek-V2)
+      `topk_softmax`  the `top_k` largest logits, then a softmax over those alone (gpt-oss)
+      `sigmoid`       independent probabilities (DeepSeek-V3)
+    renormalize: divide the chosen weights by their sum (plus `epsilon`).
+    scale: multiplies the weights last (DeepSeek's `routed_scaling_factor`).
+    num_groups, top_groups: experts are split into `num_groups` equal groups, and only experts of the best `top_groups` groups
+      can be chosen; a group's score is its largest score (`max`, DeepSeek-V2) or the sum of its two largest (`top2_sum`, V3).
+    dtype: scores are rounded to this type before the choice (Switch's `router_dtype`); float32 unless a checkpoint asks.
+    """
+
+    top_k: int
+    score: Literal["softmax", "topk_softmax", "sigmoid"] = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "top2_sum"
+    epsilon: float = 0.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Where tokens go. `experts_TA[t]` are in order of falling score, lowest id first among equals.
+
+    `logits_TE` are the router's float32 logits, for losses and inspection.
+    """
+
+    weights_TA: Float[Array, "T A"]
+    experts_TA: Int[Array, "T A"]
+    logits_TE: Float[Array, "T E"]
+
+
+def route(
+    x_TD: Float[Array, "T D"],
+    gate_ED: Float[Array, "E D"],
+    *,
+    rule: RoutingRule,
+    gate_bias_E: Float[Array, "E"] | None = None,
+    selection_bias_E: Float[Array, "E"] | None = None,
+    implementation: str | None = None,
+) -> Routing:
+    """Routes every token to `rule.top_k` experts; logits, scores and weights are float32.
+
+    `gate_bias_E` is added to the logits. `selection_bias_E` is added to the scores for the choice only: the weights come from
+    the scores without it (DeepSeek-V3's `e_score_correction_bias`).
+
+    Raises:
+      ValueError: shapes disagree, or the rule does not fit the number of experts.
+    """
+    _check(x_TD, gate_ED, rule, gate_bias_E, selection_bias_E)
+    arguments = dict(rule=rule, gate_bias_E=gate_bias_E, selection_bias_E=selection_bias_E)
+    chosen = dispatch.choose("route", _implementations(), x_TD, gate_ED, implementation=implementation, **arguments)
+    return chosen.run(x_TD, gate_ED, **arguments)
+
+
+def explain(x_TD, gate_ED, *, rule, gate_bias_E=None, selection_bias_E=None) -> list[tuple[str, str | None]]:
+    """Each implementation with None (it can run this call) or the reason why it cannot, fastest first."""
+    arguments = dict(rule=rule, gate_bias_E=gate_bias_E, selection_bias_E=selection_bias_E)
+    return dispatch.explain(_implementations(), x_TD, gate_ED, **arguments)
+
+
+def _implementations() -> tuple[dispatch.Implementation, ...]:
+    from pallas_kernels.route import reference
+
+    return (reference.IMPLEMENTATION,)
+
+
+def _check(x_TD, gate_ED, rule: RoutingRule, gate_bias_E, selection_bias_E) -> None:
+    if x_TD.ndim != 2 or gate_ED.ndim != 2 or x_TD.shape[1] != gate_ED.shape[1]:
+        raise ValueError(f"route: expected x_TD [T, D] and gate_ED [E, D], got {x_TD.shape} and {gate_ED.shape}")
+    num_experts = gate_ED.shape[0]
+    for name, bias_E in (("gate_bias_E", gate_bias_E), ("selection_bias_E", selection_bias_E)):
+        if bias_E is not None and bias_E.shape != (num_experts,):
+            raise ValueError(f"route: expected {name} of shape ({num_experts},), got {bias_E.shape}")
+    if num_experts % rule.num_groups:
+        raise ValueError(f"route: {num_experts} experts do not split into {rule.num_groups} equal groups")
+    selectable = num_experts // rule.num_groups * rule.top_groups
+    if not 1 <= rule.top_k <= selectable:
+        raise ValueError(f"route: expected top_k between 1 and the {selectable} selectable experts, got {rule.top_k}")
