@@ -47,7 +47,7 @@ install = $(PYTHON) -m pip install --disable-pip-version-check --progress-bar of
 	| awk '/^Collecting/ { printf " %s", $$2; fflush() } /^Installing/ { printf "\n  writing them to $(VENV) ..."; fflush() } END { print "" }'
 
 $(PYTHON):
-	python=$$(.ci/find-python) && echo "Making $(VENV) with $$python" && "$$python" -m venv $(VENV)
+	@python=$$(.ci/find-python) && echo "Making $(VENV) with $$python" && "$$python" -m venv $(VENV)
 
 $(VENV)/installed-base: pyproject.toml | $(PYTHON)
 	@echo "Installing moe-jax into $(VENV) (once, about a minute):"
