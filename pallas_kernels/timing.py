@@ -1,0 +1,90 @@
+"""How long a function keeps the GPU busy, kernel by kernel, and records of it as JSON lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+READ_BYTES_PER_S = 4.6e12  # measured on an H200: the sum of 4 GB
+BF16_FLOPS_PER_S = 808e12  # measured on an H200: a product of 8192-cubed random matrices
+L2_BYTES = 60 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Median device time of one call. `kernels` are its launches in order, with the median of each, in microseconds.
+
+    The time is the sum over kernels: the gaps between launches (about a microsecond each inside a CUDA graph) are not in it.
+    """
+
+    time_us: float
+    kernels: tuple[tuple[str, float], ...]
+
+
+def measure(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], *, repeats: int = 5) -> Measurement:
+    """Device time of `function(*inputs[i])` by CUPTI, over `repeats` rounds through all of `inputs`.
+
+    Pass enough different inputs that together they exceed the L2 cache (`rotations` says how many): otherwise weights are read
+    from there. All must have the same shapes. Never zeros: they take less power, and clocks rise.
+
+    Raises:
+      RuntimeError: no GPU, or another profiler holds CUPTI, so that no launch was seen.
+    """
+    compiled = function if isinstance(function, jax.stages.Wrapped | jax.stages.Compiled) else jax.jit(function)
+    for arguments in inputs:
+        jax.block_until_ready(compiled(*arguments))
+    # jax.experimental.mosaic.gpu.profiler.measure repeats one and the same input; these are the calls it makes.
+    from jax._src.lib import mosaic_gpu
+
+    cupti = mosaic_gpu._mosaic_gpu_ext
+    cupti._cupti_init()
+    try:
+        for _ in range(repeats):
+            for arguments in inputs:
+                result = compiled(*arguments)
+        jax.block_until_ready(result)
+    finally:
+        launches = cupti._cupti_get_timings(True)
+    return _summarise(launches, calls=repeats * len(inputs))
+
+
+def _summarise(launches: list[tuple[str, float]], *, calls: int) -> Measurement:
+    """From (kernel name, milliseconds) of all calls together."""
+    if not launches or len(launches) % calls:
+        raise RuntimeError(
+            f"expected a multiple of {calls} kernel launches, one set for each call; CUPTI saw {len(launches)}"
+        )
+    per_call = len(launches) // calls
+    times_us = 1e3 * np.array([milliseconds for _, milliseconds in launches]).reshape(calls, per_call)
+    names = [name for name, _ in launches[:per_call]]
+    medians_us = [statistics.median(column) for column in times_us.T.tolist()]
+    return Measurement(statistics.median(times_us.sum(axis=1).tolist()), tuple(zip(names, medians_us, strict=True)))
+
+
+def rotations(size_bytes: int) -> int:
+    """How many inputs of which each reads `size_bytes` exceed the L2 cache twice over."""
+    return max(2, -(-2 * L2_BYTES // max(size_bytes, 1)))
+
+
+def context() -> dict[str, str]:
+    """Device, versions and time of a measurement, to go into each of its records."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Adds one JSON line to `path`, with `context()`; dataclasses among the values are written as objects."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record | context(), default=dataclasses.asdict) + "\n")
