@@ -1,8 +1,8 @@
 """Compiles for an H200 on a machine without a GPU, down to machine code, and says what came out.
 
 Needs the CUDA compiler wheels (`pip install 'moe-jax[aot]'`, no driver). `h200_target.txtpb` describes the GPU to XLA.
-What it shows: whether a kernel compiles at all, registers and spills, shared memory, how many kernels a program launches,
-and whether XLA copies something large. What it cannot show: speed, races, deadlocks.
+What it shows: whether a kernel compiles at all, registers and spills, shared memory, how many kernels a program
+launches, and whether XLA copies something large. What it cannot show: speed, races, deadlocks.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ class Program:
     """What a function became on the GPU.
 
     kernels: the distinct Mosaic kernels.
-    launches: every launch of one call, in order: Mosaic kernels by their own name, XLA's fusions, library calls and copies by HLO's.
-    large_copies: the copies and transposes among them that write a mebibyte or more: weights or caches, usually by mistake.
+    launches: every launch of one call, in order; Mosaic kernels by their own name, XLA's fusions, library calls and
+      copies by HLO's.
+    large_copies: the copies and transposes among them that write a mebibyte or more: usually weights or caches, by
+      mistake.
     temporary_bytes: device memory beside arguments and results.
     """
 
@@ -76,10 +78,11 @@ def compile_for_h200(function: Callable[..., Any], *args: Any) -> Program:
     ):
         compiled = jax.jit(lambda *leaves: function(*leaves)).lower(*shapes).compile()
         kernels = _read_kernels(pathlib.Path(folder))
-    launches = _launches(compiled.as_text())
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    assert hlo is not None and memory is not None  # only backends that cannot print or plan return None
+    launches = _launches(hlo)
     large = tuple(name for name, opcode, size in launches if size >= LARGE_COPY_BYTES and _is_copy(name, opcode))
-    temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
-    return Program(kernels, tuple(name for name, _, _ in launches), large, temporary_bytes)
+    return Program(kernels, tuple(name for name, _, _ in launches), large, memory.temp_size_in_bytes)
 
 
 @functools.cache
@@ -90,8 +93,8 @@ def _h200_mesh() -> Mesh:
         is_installed = False
     if not is_installed:
         raise ModuleNotFoundError(
-            "compiling for the GPU needs the package jax-cuda13-plugin and its compiler wheels, which are not installed: "
-            "pip install 'moe-jax[aot]'"
+            "compiling for the GPU needs the package jax-cuda13-plugin and its compiler wheels, which are not "
+            "installed: pip install 'moe-jax[aot]'"
         )
     target = (pathlib.Path(__file__).parent / "h200_target.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)

@@ -1,7 +1,8 @@
-"""Runs Mosaic GPU kernels on a CPU: toy shapes (about 3 ms per step of a kernel's loop), true numbers, and a race detector.
+"""Runs Mosaic GPU kernels on a CPU: toy shapes, true numbers, and a race detector.
 
-Not modelled: speed, `wgmma` with A in registers, atomics and semaphores. A kernel that passes here can still lack a
-`wgmma_wait` or a `commit_smem`, or deadlock on a full GPU: only a run on the GPU shows that.
+A step of a kernel's loop takes about 3 ms. Not modelled: speed, `wgmma` with A in
+registers, atomics and semaphores. A kernel that passes here can still lack a `wgmma_wait` or a `commit_smem`, or
+deadlock on a full GPU: only a run on the GPU shows that.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class RaceDetector:
 def interpreting(*, detect_races: bool = False, num_sms: int = 2) -> Iterator[RaceDetector]:
     """Interprets every kernel traced inside, on a pretended Hopper GPU with `num_sms` multiprocessors.
 
-    Memory that a kernel did not write reads as NaN. Call a fresh `jax.jit` inside: what an enclosing jit has traced already
-    stays as it is. Results have to be waited for inside, with `jax.block_until_ready`.
+    Memory that a kernel did not write reads as NaN. Call a fresh `jax.jit` inside: what an enclosing jit has traced
+    already stays as it is. Results have to be waited for inside, with `jax.block_until_ready`.
 
     Example:
       with interpret.interpreting(detect_races=True) as detector:

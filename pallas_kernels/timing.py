@@ -20,9 +20,9 @@ L2_BYTES = 60 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """Median device time of one call. `kernels` are its launches in order, with the median of each, in microseconds.
+    """Median device time of one call, in microseconds. `kernels` are its launches in order, with the median of each.
 
-    The time is the sum over kernels: the gaps between launches (about a microsecond each inside a CUDA graph) are not in it.
+    The time is the sum over kernels: gaps between launches (about a microsecond each in a CUDA graph) are not in it.
     """
 
     time_us: float
@@ -32,8 +32,8 @@ class Measurement:
 def measure(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], *, repeats: int = 5) -> Measurement:
     """Device time of `function(*inputs[i])` by CUPTI, over `repeats` rounds through all of `inputs`.
 
-    Pass enough different inputs that together they exceed the L2 cache (`rotations` says how many): otherwise weights are read
-    from there. All must have the same shapes. Never zeros: they take less power, and clocks rise.
+    Pass enough different inputs that together they exceed the L2 cache (`rotations` says how many): otherwise weights
+    are read from there. All must have the same shapes. Never zeros: they take less power, and clocks rise.
 
     Raises:
       RuntimeError: no GPU, or another profiler holds CUPTI, so that no launch was seen.

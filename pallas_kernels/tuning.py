@@ -1,4 +1,4 @@
-"""Measured tile settings per device, as tables beside this file. Kernels fall back on their analytic defaults without one.
+"""Measured tile settings per device, as tables beside this file. Without one, kernels use their analytic defaults.
 
 `tuned/nvidia_h200.json` is what `scripts/tune_kernels.py` wrote on an NVIDIA H200:
 
@@ -55,7 +55,7 @@ def parse(text: str, *, source: str) -> dict[str, dict[str, dict[int, dict[str, 
         }
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{source}: expected JSON like {{'settings': {{op: {{shape: {{tokens: {{name: value}}}}}}}}}}, got: {error!r}. "
+            f"{source}: expected JSON like {{'settings': {{op: {{shape: {{tokens: {{name: value}}}}}}}}}}, got {error!r}. "
             "Write it anew with scripts/tune_kernels.py."
         ) from error
 
