@@ -55,7 +55,7 @@ def parse(text: str, *, source: str) -> dict[str, dict[str, dict[int, dict[str, 
         }
     except (json.JSONDecodeError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{source}: expected JSON like {{'settings': {{op: {{shape: {{tokens: {{name: value}}}}}}}}}}, got {error!r}. "
+            f"{source}: expected {{'settings': {{op: {{shape: {{tokens: {{name: value}}}}}}}}}}, got {error!r}. "
             "Write it anew with scripts/tune_kernels.py."
         ) from error
 
