@@ -39,15 +39,32 @@ class RoutingRule:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """A routing as the decode kernels read it: dense over a token tile of 8, 16, 32 or 64 tokens.
+
+    combine_ET: float32; the weight of each expert for each token, 0 where it was not chosen and past the last token.
+    active_E: int32; the experts that some token chose, ascending, in the first `num_active[0]` places. Past those: `E`.
+    num_active: int32, one element.
+    """
+
+    combine_ET: Float[Array, "E T"]
+    active_E: Int[Array, "E"]
+    num_active: Int[Array, "1"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Routing:
     """Where tokens go. `experts_TA[t]` are in order of falling score, lowest id first among equals.
 
-    `logits_TE` are the router's float32 logits, for losses and inspection.
+    `logits_TE` are the router's float32 logits, for losses and inspection. `plan` comes with few tokens, from
+    implementations that write it along the way; the expert kernels make their own where it is missing.
     """
 
     weights_TA: Float[Array, "T A"]
     experts_TA: Int[Array, "T A"]
     logits_TE: Float[Array, "T E"]
+    plan: DecodePlan | None = None
 
 
 def route(
