@@ -1,12 +1,11 @@
 """What the expert kernels need of a routing, in plain JAX: which experts are active, and for which tokens.
 
-`route`'s kernel writes the decode plan in its own launch. The functions here do the same for a routing that came without
-one, or for a range of the experts.
+`route`'s kernel writes the decode plan in its own launch. The functions here do the same for a routing that came
+without one, or for a range of the experts.
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
