@@ -85,6 +85,21 @@ def compile_for_h200(function: Callable[..., Any], *args: Any) -> Program:
     return Program(kernels, tuple(name for name, _, _ in launches), large, memory.temp_size_in_bytes)
 
 
+def shapes_of(
+    arguments: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `arguments()` would return, with shapes in place of arrays and all else as it is; allocates nothing."""
+    static: dict[str, Any] = {}
+
+    def arrays():
+        operands, named = arguments()
+        static.update({name: value for name, value in named.items() if not isinstance(value, jax.Array)})
+        return operands, {name: value for name, value in named.items() if isinstance(value, jax.Array)}
+
+    operands, named = jax.eval_shape(arrays)
+    return operands, static | named
+
+
 @functools.cache
 def _h200_mesh() -> Mesh:
     try:
