@@ -732,21 +732,25 @@ def make(case: Case, out: Path) -> str:
             break
     else:
         raise RuntimeError(f"{case.family}/{case.name}: none of {MAX_ATTEMPTS} seeds will do; the last had {margins}")
-    metadata = {"seed": str(seed), "torch": torch.__version__, "transformers": transformers.__version__}
-    metadata |= {f"{name}_margin": f"{margin:.3g}" for name, margin in margins.items()}
+    made = {"seed": seed, "torch": torch.__version__, "transformers": transformers.__version__}
+    made |= {f"{name}_margin": f"{margin:.3g}" for name, margin in margins.items()}
+    # One key: safetensors writes several in an order that changes from run to run.
+    metadata = {"made": json.dumps(made)}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, folder / "expected.safetensors", metadata=metadata)
     check_repeated_weights(case, out, seed)
     size = sum(path.stat().st_size for path in folder.iterdir())
     attempts = seed - first_seed(case) + 1
     error = tensors["bfloat16_relative_error"].item()
-    return f"{case.family}/{case.name}: {size / 1000:.0f} kB, {attempts} seeds, bfloat16 error {error:.3f}, {metadata}"
+    return f"{case.family}/{case.name}: {size / 1000:.0f} kB, {attempts} seeds, bfloat16 error {error:.3f}, {made}"
 
 
 def check_repeated_weights(case: Case, out: Path, seed: int) -> None:
     if case.weights_of:
         with safe_open(out / case.family / case.weights_of / "expected.safetensors", "pt") as other:
-            assert other.metadata()["seed"] == str(seed), f"{case.name} needs {case.weights_of} made anew first"
+            assert json.loads(other.metadata()["made"])["seed"] == seed, (
+                f"{case.name} needs {case.weights_of} made anew first"
+            )
 
 
 def main() -> None:
