@@ -17,11 +17,15 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a kernel needs to know of the device that will run it."""
+    """What a kernel needs to know of the device that will run it.
+
+    `is_interpreted`: a CPU pretends to be it (`interpret.interpreting`), without what the interpreter does not model.
+    """
 
     platform: str
     kind: str
     num_sms: int = 0
+    is_interpreted: bool = False
 
     @property
     def is_hopper(self) -> bool:

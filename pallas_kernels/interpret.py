@@ -38,6 +38,6 @@ def interpreting(*, detect_races: bool = False, num_sms: int = 2) -> Iterator[Ra
     """
     parameters = plgpu.InterpretGPUParams(detect_races=detect_races)
     interpret_pallas_call.reset_gpu_interpret_mode_state()
-    pretended = dispatch.Device("gpu", "NVIDIA H200", num_sms)
+    pretended = dispatch.Device("gpu", "NVIDIA H200", num_sms, is_interpreted=True)
     with dispatch.compiling_for(pretended), plgpu.force_gpu_interpret_mode(parameters):
         yield RaceDetector()
