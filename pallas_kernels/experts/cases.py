@@ -96,12 +96,19 @@ REAL: tuple[Case, ...] = tuple(
 
 def arguments(case: Case, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The case's positional and keyword arguments: random, scaled so that values stay of unit size."""
+    operands, biases = _random(case, jax.random.key(seed))
+    first = case.local[0] if case.local else 0
+    return operands, dict(activation=case.layer.activation, first_expert=first, **biases)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # jitted: the largest weights would not fit in float32
+def _random(case: Case, key: jax.Array) -> tuple[tuple[Any, ...], dict[str, Any]]:
     layer = case.layer
-    first, count = case.local or (0, layer.num_experts)
-    keys = iter(jax.random.split(jax.random.key(seed), 6))
+    count = case.local[1] if case.local else layer.num_experts
+    keys = iter(jax.random.split(key, 6))
 
     def normal(*shape: int, scale: float = 1.0) -> jax.Array:
-        return _normal(next(keys), shape, scale, case.dtype)
+        return (jax.random.normal(next(keys), shape) * scale).astype(case.dtype)
 
     operands = (
         normal(case.tokens, layer.model_width),
@@ -111,14 +118,7 @@ def arguments(case: Case, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any
     )
     up_bias_EGF = normal(count, layer.gates, layer.width) if layer.has_biases else None
     down_bias_ED = normal(count, layer.model_width) if layer.has_biases else None
-    return operands, dict(
-        activation=layer.activation, up_bias_EGF=up_bias_EGF, down_bias_ED=down_bias_ED, first_expert=first
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # jitted: the largest would not fit in float32
-def _normal(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: str) -> jax.Array:
-    return (jax.random.normal(key, shape) * scale).astype(dtype)
+    return operands, dict(up_bias_EGF=up_bias_EGF, down_bias_ED=down_bias_ED)
 
 
 def routing(key: jax.Array, tokens: int, layer: Layer, *, chosen: tuple[int, ...] | None = None) -> Routing:

@@ -35,24 +35,33 @@ BFLOAT16_ERROR = 4e-3
 FLOAT32_ERROR = 2e-6
 
 
-def check_experts(result_TD: jax.Array, operands: tuple, named: dict[str, Any]) -> None:
+@functools.lru_cache(maxsize=1)  # one: a real layer's weights take up to 22 GB
+def _arguments(cases: ModuleType, case: Any) -> tuple[tuple, dict[str, Any]]:
+    return cases.arguments(case)
+
+
+def check_experts(result_TD: jax.Array, case: experts_cases.Case) -> None:
     """Close to the definition in float32, and not much further from it than the definition in the case's own dtype."""
-    x_TD, *others = operands
-    with jax.default_matmul_precision("highest"):
-        exact_TD = _reference(x_TD.astype(jnp.float32), *others, **named)
-    assert result_TD.dtype == x_TD.dtype
+    exact_TD, own_error = _exact_experts(case)
+    assert result_TD.dtype == case.dtype
     error = _relative_error(result_TD, exact_TD)
-    if x_TD.dtype == jnp.float32:
+    if case.dtype == "float32":
         assert error <= FLOAT32_ERROR
     else:
-        own_error = _relative_error(_reference(*operands, **named), exact_TD)
         assert error <= BFLOAT16_ERROR
         assert error <= 1.2 * own_error, f"the definition in bfloat16 has {own_error}"
 
 
-def _reference(*operands: Any, activation: str, first_expert: int, **biases: Any) -> jax.Array:
-    static = functools.partial(experts_reference.experts, activation=activation, first_expert=first_expert)
-    return jax.jit(static)(*operands, **biases)
+@functools.lru_cache(maxsize=1)
+def _exact_experts(case: experts_cases.Case) -> tuple[jax.Array, float]:
+    """The definition's result in float32, and the relative error of its result in the case's dtype."""
+    (x_TD, *others), named = _arguments(experts_cases, case)
+    static = {name: named[name] for name in ("activation", "first_expert")}
+    biases = {name: named[name] for name in ("up_bias_EGF", "down_bias_ED")}
+    reference = jax.jit(functools.partial(experts_reference.experts, **static))
+    with jax.default_matmul_precision("highest"):
+        exact_TD = reference(x_TD.astype(jnp.float32), *others, **biases)
+    return exact_TD, _relative_error(reference(x_TD, *others, **biases), exact_TD)
 
 
 def _relative_error(result: jax.Array, exact: jax.Array) -> float:
@@ -61,8 +70,9 @@ def _relative_error(result: jax.Array, exact: jax.Array) -> float:
     return difference / exact_norm if exact_norm else difference
 
 
-def check_route(result: route_api.Routing, operands: tuple, named: dict[str, Any]) -> None:
+def check_route(result: route_api.Routing, case: route_cases.Case) -> None:
     """The very experts of the definition, ties included: the cases' logits are the same in any order of summation."""
+    operands, named = _arguments(route_cases, case)
     exact = route_reference.route(*operands, **named)
     np.testing.assert_array_equal(result.logits_TE, exact.logits_TE)
     np.testing.assert_array_equal(result.experts_TA, exact.experts_TA)
@@ -74,7 +84,7 @@ def check_route(result: route_api.Routing, operands: tuple, named: dict[str, Any
 class Op:
     implementations: tuple[Implementation, ...]
     cases: ModuleType
-    check: Callable[[Any, tuple, dict[str, Any]], None]
+    check: Callable[[Any, Any], None]  # result, case
 
 
 OPS = {
@@ -99,18 +109,36 @@ INTERPRETED = list(_supported("AWKWARD", H200, but_not=CPU))
 COMPILED = list(_supported("REAL", H200, but_not=CPU))
 
 
+def _run(implementation: Implementation, operands: tuple, named: dict[str, Any]) -> Any:
+    arrays, run = _split(implementation, named)
+    return jax.jit(run)(operands, arrays)
+
+
+def _split(
+    implementation: Implementation, named: dict[str, Any]
+) -> tuple[dict[str, Any], Callable[[tuple, dict], Any]]:
+    """The arrays among the named arguments, and a function of operands and such arrays that knows the static ones."""
+    is_array = {name: isinstance(value, jax.Array | jax.ShapeDtypeStruct) for name, value in named.items()}
+    static = {name: value for name, value in named.items() if not is_array[name]}
+
+    def run(operands: tuple, arrays: dict[str, Any]) -> Any:
+        return implementation.run(*operands, **arrays, **static)
+
+    return {name: value for name, value in named.items() if is_array[name]}, run
+
+
 @pytest.mark.parametrize(("op", "implementation", "case"), ON_CPU)
 def test_on_cpu(op: Op, implementation: Implementation, case: Any) -> None:
-    operands, named = op.cases.arguments(case)
-    op.check(implementation.run(*operands, **named), operands, named)
+    operands, named = _arguments(op.cases, case)
+    op.check(_run(implementation, operands, named), case)
 
 
 @pytest.mark.parametrize(("op", "implementation", "case"), INTERPRETED)
 def test_interpreted(op: Op, implementation: Implementation, case: Any) -> None:
-    operands, named = op.cases.arguments(case)
+    operands, named = _arguments(op.cases, case)
     with interpret.interpreting():
-        result = jax.block_until_ready(implementation.run(*operands, **named))
-    op.check(result, operands, named)
+        result = jax.block_until_ready(_run(implementation, operands, named))
+    op.check(result, case)
 
 
 def _first_of_each(parameters: list[Any]) -> list[Any]:
@@ -121,9 +149,9 @@ def _first_of_each(parameters: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize(("op", "implementation", "case"), _first_of_each(INTERPRETED))
 def test_no_races(op: Op, implementation: Implementation, case: Any) -> None:
-    operands, named = op.cases.arguments(case)
+    operands, named = _arguments(op.cases, case)
     with interpret.interpreting(detect_races=True) as detector:
-        jax.block_until_ready(implementation.run(*operands, **named))
+        jax.block_until_ready(_run(implementation, operands, named))
     assert not detector.races_found
 
 
@@ -131,7 +159,8 @@ def test_no_races(op: Op, implementation: Implementation, case: Any) -> None:
 @pytest.mark.parametrize(("op", "implementation", "case"), COMPILED)
 def test_compiles(op: Op, implementation: Implementation, case: Any) -> None:
     operands, named = aot.shapes_of(functools.partial(op.cases.arguments, case))
-    program = aot.compile_for_h200(functools.partial(_run, implementation, named), operands, _arrays(named))
+    arrays, run = _split(implementation, named)
+    program = aot.compile_for_h200(run, operands, arrays)
     assert program.kernels
     for kernel in program.kernels:
         assert kernel.spill_bytes == 0, kernel
@@ -139,9 +168,31 @@ def test_compiles(op: Op, implementation: Implementation, case: Any) -> None:
     assert not program.large_copies
 
 
-def _run(implementation: Implementation, named: dict[str, Any], operands: tuple, arrays: dict[str, Any]) -> Any:
-    return implementation.run(*operands, **(named | arrays))
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "implementation", "case"), COMPILED + INTERPRETED)
+def test_on_gpu(op: Op, implementation: Implementation, case: Any) -> None:
+    operands, named = _arguments(op.cases, case)
+    _poison_free_memory()
+    op.check(_run(implementation, operands, named), case)
 
 
-def _arrays(named: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in named.items() if isinstance(value, jax.Array | jax.ShapeDtypeStruct)}
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "implementation", "case"), _first_of_each(COMPILED))
+def test_repeats_bit_by_bit(op: Op, implementation: Implementation, case: Any) -> None:
+    operands, named = _arguments(op.cases, case)
+    arrays, run = _split(implementation, named)
+    run = jax.jit(run)
+    first = run(operands, arrays)
+    differences = jax.jit(lambda one, two: jax.tree.map(lambda a, b: (_bits(a) != _bits(b)).sum(), one, two))
+    for _ in range(200):
+        assert not any(jax.tree.leaves(differences(first, run(operands, arrays))))
+
+
+def _bits(array: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+
+
+def _poison_free_memory() -> None:
+    """Leaves NaN in the memory that results will be allocated in: what a kernel forgets to write cannot look right."""
+    for size_bytes in (1 << 16, 1 << 20, 1 << 24, 1 << 28):
+        jax.block_until_ready([jnp.full((size_bytes // 4,), jnp.nan) for _ in range(8)])
