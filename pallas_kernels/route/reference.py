@@ -25,7 +25,7 @@ def router_logits(x_TD, gate_ED, gate_bias_E=None, *, dtype="float32") -> jax.Ar
         preferred_element_type=jnp.float32,
     )
     if gate_bias_E is not None:
-        logits_TE = logits_TE + gate_bias_E.astype(jnp.float32)
+        logits_TE = logits_TE + _rounded(gate_bias_E, dtype)
     return _rounded(logits_TE, dtype)
 
 

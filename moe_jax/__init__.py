@@ -1,0 +1,11 @@
+"""Mixture-of-Experts language models in JAX, at the speed of the GPU's memory.
+
+model = moe_jax.load("shakespeare")
+out = moe_jax.generate(model, ["ROMEO:", "To be"], max_new_tokens=64)
+"""
+
+from moe_jax.generate import Generated, Piece, RoutingTrace, generate, logits, stream
+from moe_jax.model import Model, load, save
+from moe_jax.sampling import Sampling
+
+__all__ = ["Generated", "Model", "Piece", "RoutingTrace", "Sampling", "generate", "load", "logits", "save", "stream"]

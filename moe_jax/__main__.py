@@ -1,0 +1,175 @@
+"""The command line: `moe-jax generate`, `moe-jax chat`, `moe-jax info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Annotated
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import moe_jax
+from moe_jax import description
+from moe_jax.generate import NO_TOKEN
+
+INTERRUPTED = 130
+
+
+@dataclasses.dataclass
+class Options:
+    """What every command that generates takes."""
+
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "shakespeare"
+    """A checkpoint directory, a hub id, or "shakespeare", which comes with the package."""
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 256
+    temperature: float = 0.8
+    """0 is greedy."""
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.05
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    dtype: str = "bfloat16"
+    mesh: str | None = None
+    """Devices to split the model over, such as "ep=4,tp=2"."""
+    strategy: str | None = None
+    """How to split: tp or eptp."""
+    experts: bool = True
+    """After the text, say on standard error which experts computed it and how fast."""
+
+    def load(self) -> moe_jax.Model:
+        return moe_jax.load(self.model, dtype=self.dtype, mesh=self.mesh, strategy=self.strategy)
+
+    def sampling(self) -> moe_jax.Sampling:
+        return moe_jax.Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )
+
+
+@dataclasses.dataclass
+class Generate(Options):
+    """Continue a prompt, token by token as they come."""
+
+    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = "ROMEO:"
+    stop: tuple[str, ...] = ()
+    """Strings that end the text."""
+
+    def run(self) -> None:
+        model = self.load()
+        if not model.is_encoder_decoder:
+            print(self.prompt, end="", flush=True)
+        pieces = moe_jax.stream(
+            model,
+            self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling(),
+            stop=self.stop,
+            routed_experts=self.experts,
+        )
+        show(pieces, self.experts)
+
+
+@dataclasses.dataclass
+class Chat(Options):
+    """Talk with a chat-tuned checkpoint, by its own chat template. An empty line or Ctrl-D ends it."""
+
+    system: str | None = None
+    """The system message."""
+
+    def run(self) -> None:
+        model = self.load()
+        if model.tokenizer is None:
+            raise ValueError(f"expected a checkpoint with a tokenizer, got {self.model} without one")
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        while line := _asked("> "):
+            messages.append({"role": "user", "content": line})
+            pieces = moe_jax.stream(
+                model,
+                model.tokenizer.chat(messages),
+                max_new_tokens=self.max_new_tokens,
+                sampling=self.sampling(),
+                routed_experts=self.experts,
+            )
+            messages.append({"role": "assistant", "content": show(pieces, self.experts)})
+
+
+@dataclasses.dataclass
+class Info:
+    """Families, devices, and which kernels run here and why others do not."""
+
+    def run(self) -> None:
+        console = Console()
+        console.print(f"moe-jax on jax {jax.__version__}: {', '.join(str(device) for device in jax.devices())}")
+        for title, columns, rows in (description.families(), description.kernels()):
+            table = Table(*columns, title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+
+
+def show(pieces: Iterable[moe_jax.Piece], with_experts: bool) -> str:
+    """Prints pieces as they come, then who answered and how fast; returns the text."""
+    texts: list[str] = []
+    counts: Counter[tuple[int, int]] = Counter()
+    started_s = None
+    for piece in pieces:
+        print(piece, end="", flush=True)
+        texts.append(piece.text)
+        started_s = started_s or time.perf_counter()
+        if piece.experts_LA is not None:
+            counts.update(
+                (layer, int(e)) for layer, row_A in enumerate(piece.experts_LA) for e in row_A if e != NO_TOKEN
+            )
+    print(flush=True)
+    if with_experts and started_s is not None:
+        seconds = time.perf_counter() - started_s
+        speed = f"{(len(texts) - 1) / seconds:.0f} tokens/s" if len(texts) > 1 else "one token"
+        print(f"\n[{speed}; {_answered(counts)}]", file=sys.stderr)
+    return "".join(texts)
+
+
+def _answered(counts: Counter[tuple[int, int]]) -> str:
+    """Of each sparse layer, the three experts that computed most of the choices."""
+    layers = sorted({layer for layer, _ in counts})
+    if not layers:
+        return "no experts: a dense model"
+    lines = []
+    for layer in layers:
+        chosen = Counter({expert: n for (each, expert), n in counts.items() if each == layer})
+        busiest = ", ".join(f"{expert} ({n / chosen.total():.0%})" for expert, n in chosen.most_common(3))
+        lines.append(f"layer {layer}: {busiest}")
+    return "experts that answered: " + "; ".join(lines)
+
+
+def _asked(prompt: str) -> str:
+    try:
+        return input(prompt)
+    except EOFError:
+        return ""
+
+
+def main() -> None:
+    command = tyro.cli(Generate | Chat | Info, prog="moe-jax", description=__doc__)
+    try:
+        command.run()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except ValueError as error:
+        print(f"moe-jax: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Parts that families are built from. No family names in here, and no meshes: parameters name their dimensions."""

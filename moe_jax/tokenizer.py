@@ -1,0 +1,78 @@
+"""Text to token ids and back, by the tokenizer that comes with a checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer, read by transformers; imported on first use because that takes a second or two."""
+
+    def __init__(self, directory: Path):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers import AutoTokenizer
+
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+
+    @staticmethod
+    def is_in(directory: Path) -> bool:
+        return any((directory / name).exists() for name in FILES)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens that the checkpoint puts around a text."""
+        return list(self._tokenizer.encode(text))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's next turn, by the checkpoint's chat template.
+
+        Raises:
+          ValueError: the checkpoint has no chat template.
+        """
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                "expected a checkpoint with a chat template, got one without: it was not trained for chat; "
+                "use `moe-jax generate` or a chat- or instruction-tuned checkpoint"
+            )
+        text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+class TextStream:
+    """Turns a growing list of tokens into pieces of text, holding back bytes of an unfinished character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._start = 0  # tokens before are emitted and no longer matter to how later ones read
+        self._emitted = ""
+
+    def add(self, token: int) -> str:
+        """The text that this token completes, possibly none."""
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens[self._start :])
+        if text.endswith(REPLACEMENT):
+            return ""
+        piece = text[len(self._emitted) :]
+        # A token's text may depend on the one before it (a leading space): keep one as context.
+        self._start = max(len(self._tokens) - 1, 0)
+        self._emitted = self._tokenizer.decode(self._tokens[self._start :])
+        return piece
+
+    def finish(self) -> str:
+        """What was held back, at the end."""
+        return self._tokenizer.decode(self._tokens[self._start :])[len(self._emitted) :]
