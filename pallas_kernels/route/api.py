@@ -54,17 +54,31 @@ class DecodePlan:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Places:
+    """Where each choice stands among the choices of its block of 64 tokens, which is what sorting by expert needs.
+
+    ranks_TA: int32; how many earlier tokens of the same block chose the same expert.
+    counts_BE: int32; how many tokens of each block chose each expert.
+    """
+
+    ranks_TA: Int[Array, "T A"]
+    counts_BE: Int[Array, "B E"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Routing:
     """Where tokens go. `experts_TA[t]` are in order of falling score, lowest id first among equals.
 
-    `logits_TE` are the router's float32 logits, for losses and inspection. `plan` comes with few tokens, from
-    implementations that write it along the way; the expert kernels make their own where it is missing.
+    `logits_TE` are the router's float32 logits, for losses and inspection. `plan` comes with few tokens and `places` with
+    many, from implementations that write them along the way; the expert kernels make their own where they are missing.
     """
 
     weights_TA: Float[Array, "T A"]
     experts_TA: Int[Array, "T A"]
     logits_TE: Float[Array, "T E"]
     plan: DecodePlan | None = None
+    places: Places | None = None
 
 
 def route(
