@@ -14,7 +14,16 @@ from pallas_kernels.route.api import Routing
 
 
 def experts(
-    x_TD, routing: Routing, up_EGFD, down_EDF, *, activation, up_bias_EGF=None, down_bias_ED=None, first_expert=0
+    x_TD,
+    routing: Routing,
+    up_EGFD,
+    down_EDF,
+    *,
+    activation,
+    up_bias_EGF=None,
+    down_bias_ED=None,
+    first_expert=0,
+    ragged_dot=lax.ragged_dot,
 ):
     num_experts, gates, width, model_width = up_EGFD.shape
     num_tokens, active = routing.experts_TA.shape
@@ -26,12 +35,12 @@ def experts(
     group_sizes_E = jnp.bincount(local_M, length=num_experts + 1)[:num_experts].astype(jnp.int32)
 
     rows_MD = x_TD[order_M // active]
-    up_MGF = _grouped(rows_MD, up_EGFD.reshape(num_experts, gates * width, model_width), group_sizes_E)
+    up_MGF = _grouped(ragged_dot, rows_MD, up_EGFD.reshape(num_experts, gates * width, model_width), group_sizes_E)
     up_MGF = up_MGF.reshape(-1, gates, width)
     if up_bias_EGF is not None:
         up_MGF = up_MGF + up_bias_EGF[jnp.minimum(sorted_M, num_experts - 1)]
     hidden_MF = activate(up_MGF, activation, axis=1).astype(x_TD.dtype)
-    out_MD = _grouped(hidden_MF, down_EDF, group_sizes_E)
+    out_MD = _grouped(ragged_dot, hidden_MF, down_EDF, group_sizes_E)
     if down_bias_ED is not None:
         out_MD = out_MD + down_bias_ED[jnp.minimum(sorted_M, num_experts - 1)]
 
@@ -41,10 +50,8 @@ def experts(
     return y_TAD.sum(axis=1).astype(x_TD.dtype)
 
 
-def _grouped(rows_MI, weights_EOI, group_sizes_E):
-    return lax.ragged_dot(
-        rows_MI, weights_EOI.swapaxes(1, 2), group_sizes_E, preferred_element_type=jnp.float32
-    )
+def _grouped(ragged_dot, rows_MI, weights_EOI, group_sizes_E):
+    return ragged_dot(rows_MI, weights_EOI.swapaxes(1, 2), group_sizes_E, preferred_element_type=jnp.float32)
 
 
 IMPLEMENTATION = Implementation("ragged", supports=lambda device, *args, **kwargs: None, run=experts)
