@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,8 +57,9 @@ def load_parameters(
     with progress.bar(f"Loading {directory.name}", total_bytes) as advance, ThreadPoolExecutor(workers) as pool:
         for path, leaf in abstract.items():
             reader = _Reader(leaf, plan.sources[path], pool, advance, not_finite if check_finite else None)
-            # Waits, for a transfer under way keeps its host buffer alive.
+            # A transfer under way keeps its host buffer alive, a finished one until JAX's hook into the collector runs.
             parameters[path] = jax.block_until_ready(reader.placed())
+            gc.collect(0)
     if not_finite:
         raise CheckpointError(f"{directory} holds values that are not finite", {"NaN or infinite": sorted(not_finite)})
     return parameters

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.sharding import SingleDeviceSharding
 
 from moe_jax.checkpoints.errors import CheckpointError
 
@@ -47,11 +48,16 @@ def load_orbax(path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -
     }
     if any(problems.values()):
         raise CheckpointError(f"{path} does not hold exactly this model's parameters", problems)
-    return ocp.load(Path(path).absolute(), dict(abstract))
+    here = SingleDeviceSharding(jax.devices()[0])
+    placed = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+        for name, leaf in abstract.items()
+    }
+    return ocp.load(Path(path).absolute(), placed)
 
 
 def _metadata(path: str | Path) -> Any:
-    path = Path(path).absolute()
-    if not ocp.is_orbax_checkpoint(path):
-        raise CheckpointError(f"expected an Orbax checkpoint, got {path}")
-    return ocp.metadata(path)
+    try:
+        return ocp.metadata(Path(path).absolute())
+    except (ocp.errors.InvalidLayoutError, FileNotFoundError) as error:
+        raise CheckpointError(f"expected a directory that save_orbax wrote, got {path}") from error

@@ -178,6 +178,7 @@ def _parsed(rearrange: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...
     groups = tuple(tuple((group or name).split()) for group, name in re.findall(r"\(([^()]*)\)|(\w+)", left))
     names = tuple(right.split())
     flat = [name for group in groups for name in group]
-    if len(set(flat)) != len(flat) or sorted(flat) != sorted(names):
+    is_nested = re.sub(r"\([^()]*\)|\w+|\s", "", left) != ""
+    if is_nested or len(set(flat)) != len(flat) or sorted(flat) != sorted(names):
         raise ValueError(f'expected the same names on both sides, like "(n h) d -> n h d", got {rearrange!r}')
     return groups, names

@@ -137,7 +137,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], list[str]]:
             raise CheckpointError(f"{path.name}: truncated, expected a header of {8 + length} bytes, got {size_bytes}")
         header = file.read(length)
     try:
-        entries = json.loads(header)
+        entries = json.loads(header.decode())
         entries.pop("__metadata__", None)
         tensors = {name: _tensor(name, entry, path, 8 + length) for name, entry in entries.items()}
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -197,7 +197,7 @@ def _read_shards(directory: Path, weight_map: Mapping[str, str]) -> Contents:
             continue
         problems += byte_problems
         problems += [f"{name}: in both {tensors[name].file.name} and {shard}" for name in found.keys() & tensors.keys()]
-        tensors |= found
+        tensors = found | tensors
     lost = frozenset(name for name, shard in weight_map.items() if shard in unread)
     for name, shard in weight_map.items():
         if shard not in unread and (name not in tensors or tensors[name].file.name != shard):

@@ -84,6 +84,8 @@ def replaced(directory: Path, *, overwrite: bool) -> Iterator[Path]:
         incomplete.rename(directory)
     except BaseException:
         shutil.rmtree(incomplete, ignore_errors=True)
+        if old.exists():
+            old.rename(directory)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
