@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 import sharding
 from moe_jax import models
 from moe_jax.checkpoints import hub, load_parameters, save_parameters
-from moe_jax.progress import status
 from moe_jax.tokenizer import Tokenizer
 
 BUNDLED = {"shakespeare": Path(__file__).parent / "bundled" / "shakespeare"}
@@ -90,8 +89,7 @@ def load(
     if mesh is not None:
         abstract = _placed(abstract, mesh, strategy or "eptp")
     shapes = {name: leaf for name, (leaf, _) in abstract.items()}
-    with status(f"Loading {path_or_id}"):
-        loaded = load_parameters(directory, shapes, family.rules(config), check_finite=check_finite)
+    loaded = load_parameters(directory, shapes, family.rules(config), check_finite=check_finite)
     return Model(
         module=_merged(graph, loaded),
         config=config,

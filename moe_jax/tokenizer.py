@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
+TEMPLATE = "chat_template.jinja"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -15,6 +16,7 @@ class Tokenizer:
     """A checkpoint's tokenizer, read by transformers; imported on first use because that takes a second or two."""
 
     def __init__(self, directory: Path):
+        self._directory = directory
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from transformers import AutoTokenizer
@@ -25,9 +27,17 @@ class Tokenizer:
     def is_in(directory: Path) -> bool:
         return any((directory / name).exists() for name in FILES)
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._tokenizer)
+    def files(self) -> list[Path]:
+        """The tokenizer's files, for copying beside a saved model."""
+        names = (
+            *FILES,
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "merges.txt",
+            TEMPLATE,
+        )
+        return [self._directory / name for name in names if (self._directory / name).exists()]
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the checkpoint puts around a text."""

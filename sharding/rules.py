@@ -18,7 +18,6 @@ STRATEGIES: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp": ("ep", "tp"),
         "q_heads": ("ep", "tp"),
         "kv_heads": ("ep", "tp"),
-        "vocab": ("ep", "tp"),
     },
     # Inter-expert over ep, each expert split over tp.
     "eptp": {
@@ -27,7 +26,6 @@ STRATEGIES: dict[str, dict[str, tuple[str, ...]]] = {
         "mlp": ("tp",),
         "q_heads": ("tp",),
         "kv_heads": ("tp",),
-        "vocab": ("tp",),
     },
 }
 

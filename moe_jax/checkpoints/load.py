@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def load_parameters(
     not_finite: set[str] = set()
     parameters = {}
     total_bytes = sum(tensor.nbytes for sources in plan.sources.values() for _, tensor in sources)
-    workers = min(MAX_READERS, len(os.sched_getaffinity(0)))
+    workers = min(MAX_READERS, os.cpu_count() or 1)
     with progress.bar(f"Loading {directory.name}", total_bytes) as advance, ThreadPoolExecutor(workers) as pool:
         for path, leaf in abstract.items():
             reader = _Reader(leaf, plan.sources[path], pool, advance, not_finite if check_finite else None)
@@ -82,30 +83,22 @@ def _matched(
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     rules: Sequence[Rule | Ignored | Copy],
 ) -> _Plan:
+    """Every tensor must have its use and every parameter its tensors; looks at names, shapes and dtypes only."""
     tensors = contents.tensors
-    problems: dict[str, list[str]] = {kind: [] for kind in ("missing", "extra", "twice", "wrong shape", "wrong dtype")}
-    plan = _Plan({}, [])
+    kinds = ("missing", "extra", "twice", "wrong shape", "wrong dtype")
+    problems: dict[str, list[str]] = {kind: [] for kind in kinds}
+    sources: dict[str, Sources] = {}
+    tied: list[tuple[Tensor, Tensor]] = []
     owners: dict[str, str] = {}
     for path, leaf in abstract.items():
         options = spellings(path, leaf.shape, rules)
-        duplicates = [[Part(name, (), options[0][0].rule)] for name in copies(path, rules)]
-        for part in (part for option in (*options, *duplicates) for part in option):
-            if owners.setdefault(part.name, path) != path:
-                raise ValueError(f"the rules let {part.name} fill both {owners[part.name]} and {path}")
-        present = [option for option in options if _is_present(option, contents)]
-        if len(present) > 1:
-            problems["twice"].append(f"{path}, by {present[0][0].name} and by {present[1][0].name}")
-        tied = [option for option in duplicates if _is_present(option, contents)]
-        chosen = (*present, *tied, options[0])[0]
-        for part in (*chosen, *(part for option in tied for part in option)):
+        duplicates = [Part(name, (), options[0][0].rule) for name in copies(path, rules)]
+        _claim(path, (*itertools.chain(*options), *duplicates), owners)
+        chosen, others = _chosen(path, options, duplicates, contents, problems)
+        for part in (*chosen, *others):
             _check_part(part, leaf, contents, problems)
-        if all(part.name in tensors for part in chosen):
-            plan.sources[path] = [(part, tensors[part.name]) for part in chosen]
-            plan.tied.extend(
-                (tensors[option[0].name], tensors[chosen[0].name])
-                for option in tied
-                if option is not chosen and option[0].name in tensors
-            )
+        sources[path] = [(part, tensors[part.name]) for part in chosen if part.name in tensors]
+        tied += [(tensors[part.name], original) for part in others for _, original in sources[path]]
     ignored = [rule for rule in rules if isinstance(rule, Ignored)]
     for name in sorted(tensors.keys() - owners.keys()):
         if not any(rule.matches(name) for rule in ignored):
@@ -113,11 +106,30 @@ def _matched(
     found = {"file": contents.problems, **problems}
     if any(found.values()):
         raise CheckpointError(f"{directory} does not hold exactly this model's tensors", found)
-    return plan
+    return _Plan(sources, tied)
 
 
-def _is_present(option: Sequence[Part], contents: Contents) -> bool:
-    return any(part.name in contents.tensors or part.name in contents.lost for part in option)
+def _claim(path: str, parts: Iterable[Part], owners: dict[str, str]) -> None:
+    for part in parts:
+        if owners.setdefault(part.name, path) != path:
+            raise ValueError(f"the rules let {part.name} fill both {owners[part.name]} and {path}")
+
+
+def _chosen(
+    path: str, options: list[list[Part]], duplicates: list[Part], contents: Contents, problems: dict[str, list[str]]
+) -> tuple[list[Part], list[Part]]:
+    """The spelling that the files have (a tied copy if they have no other, the hub's if they have none), other copies."""
+
+    def is_present(part: Part) -> bool:
+        return part.name in contents.tensors or part.name in contents.lost
+
+    present = [option for option in options if any(map(is_present, option))]
+    others = [part for part in duplicates if part.name in contents.tensors]
+    if len(present) > 1:
+        problems["twice"].append(f"{path}, by {present[0][0].name} and by {present[1][0].name}")
+    if present:
+        return present[0], others
+    return ([others[0]], others[1:]) if others else (options[0], [])
 
 
 def _check_part(part: Part, leaf: jax.ShapeDtypeStruct, contents: Contents, problems: Mapping[str, list[str]]) -> None:

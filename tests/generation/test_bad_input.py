@@ -1,0 +1,105 @@
+"""What users get wrong, and the message that tells them: expected, got, what to try."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import moe_jax
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("", {}, "expected a prompt of at least one character, got an empty one"),
+        (["fine", ""], {}, "expected a prompt of at least one character"),
+        ([], {}, "expected at least one prompt, got an empty list"),
+        ([[]], {}, "expected a prompt of at least one token, got an empty one"),
+        ([[5, 300, -2]], {}, r"expected token ids from 0 to 95 \(the vocabulary\), got \[-2, 300\]"),
+        (
+            "x" * 250,
+            {},
+            r"within the context of 256 positions, got 250 \+ 64: shorten the prompt or lower max_new_tokens",
+        ),
+        ("x", dict(max_new_tokens=0), "expected max_new_tokens to be a whole number of at least 1, got 0"),
+        ("x", dict(max_new_tokens=1.5), "expected max_new_tokens to be a whole number of at least 1, got 1.5"),
+        ("x", dict(stop=""), "expected stop strings of at least one character"),
+        ("x", dict(stop_token_ids=[999]), r"expected stop_token_ids from 0 to 95 \(the vocabulary\), got \[999\]"),
+        (["a", "b"], dict(sampling=[moe_jax.Sampling()] * 3), "one for each of 2 prompts, got 3"),
+    ],
+)
+def test_generate(model, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        moe_jax.generate(model, prompts, **options)
+    with pytest.raises(ValueError, match=message):
+        next(moe_jax.stream(model, prompts, **options))
+
+
+def test_missing_tokenizer(model):
+    bare = dataclasses.replace(model, tokenizer=None)
+    with pytest.raises(ValueError, match=r"expected token ids, got text: .* has no tokenizer \(tokenizer\.json\)"):
+        moe_jax.generate(bare, "hello")
+    with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+        moe_jax.generate(bare, [[1]], stop="x")
+
+
+def test_chat_without_a_template(model):
+    with pytest.raises(ValueError, match="expected a checkpoint with a chat template, got one without"):
+        model.tokenizer.chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (np.zeros((1, 0), int), {}, r"expected tokens_BT to be whole numbers \[batch, length\], got int64 \(1, 0\)"),
+        (np.zeros((3,), int), {}, r"expected tokens_BT to be whole numbers \[batch, length\]"),
+        (np.zeros((1, 3)), {}, "got float64"),
+        (np.full((1, 3), 96), {}, "expected tokens_BT from 0 to 95"),
+        (np.ones((2, 3), int), dict(lengths_B=np.array([1, 4])), r"lengths_B of shape \(2,\) within 1\.\.3"),
+        (np.ones((1, 300), int), {}, r"expected at most 256 tokens \(the context\), got 300"),
+        (np.ones((1, 3), int), dict(decoder_tokens_BU=np.ones((1, 2), int)), "'mixtral' takes no decoder_tokens_BU"),
+    ],
+)
+def test_logits(model, tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        moe_jax.logits(model, tokens, **options)
+
+
+def test_load(directory, tmp_path):
+    with pytest.raises(ValueError, match="expected dtype to be one of float32, bfloat16, float16, got 'int8'"):
+        moe_jax.load(directory, dtype="int8")
+    with pytest.raises(ValueError, match="expected a mesh beside strategy='tp'"):
+        moe_jax.load(directory, strategy="tp")
+    with pytest.raises(ValueError, match="expected strategy to be one of tp, eptp, got 'magic'"):
+        moe_jax.load(directory, mesh="ep=2", strategy="magic")
+    with pytest.raises(ValueError, match="3 devices .*do not divide"):
+        moe_jax.load(directory, mesh="ep=3")
+    with pytest.raises(ValueError, match="mesh: expected at most 8 devices, got .*needs 16"):
+        moe_jax.load(directory, mesh="ep=16")
+    with pytest.raises(ValueError, match="mesh: expected sizes like \"ep=4,tp=2\", got 'ep4'"):
+        moe_jax.load(directory, mesh="ep4")
+    with pytest.raises(ValueError, match="mesh: expected axes among dp, ep, tp, got pp"):
+        moe_jax.load(directory, mesh="pp=2")
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    (copy / "config.json").write_text("{not json")
+    with pytest.raises(ValueError, match="to be JSON"):
+        moe_jax.load(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        moe_jax.load(copy)
+
+
+def test_save_refuses_to_overwrite(model, directory):
+    with pytest.raises(ValueError, match="to be a new or empty directory"):
+        moe_jax.save(model, directory)
+
+
+def test_saved_and_loaded_again(model, tmp_path):
+    moe_jax.save(model, tmp_path / "again")
+    again = moe_jax.load(tmp_path / "again", dtype="float32")
+    options = dict(max_new_tokens=8)
+    assert moe_jax.generate(again, "abc", **options).texts == moe_jax.generate(model, "abc", **options).texts
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["dtype"] == "float32"
