@@ -36,13 +36,16 @@ class Device:
 class Implementation:
     """One way to compute an op.
 
-    `supports(device, *args, **kwargs)` gets the op's own arguments and returns None, or the reason why it cannot run them.
-    It looks at shapes, dtypes and static arguments only. `run(*args, **kwargs)` computes.
+    `supports(device, *args, **kwargs)` gets the op's own arguments and returns None, or the reason why it cannot run
+    them. It looks at shapes, dtypes and static arguments only. `run(*args, **kwargs)` computes.
+    `candidates(*args, **kwargs)` lists the settings worth trying, the default first, each a value for `run`'s
+    additional argument `settings`; None where there is nothing to tune.
     """
 
     name: str
     supports: Callable[..., str | None]
     run: Callable[..., Any]
+    candidates: Callable[..., list[dict[str, Any]]] | None = None
 
 
 _compiling_for: contextvars.ContextVar[Device | None] = contextvars.ContextVar("compiling_for", default=None)
