@@ -1,0 +1,95 @@
+"""Where the grouped algorithm puts each choice: rows sorted by expert, and the tiles that cover them.
+
+Every expert's rows start at a multiple of 64 (what one warpgroup multiplies), so that no 64 rows belong to two
+experts; the rows between are never written and never read. Example with 2 tokens, 3 choices each, 4 experts, sizes
+[2, 0, 1, 3]: rows 0 and 1 are expert 0's, row 64 is expert 2's, rows 128, 129, 130 are expert 3's; three tiles, of
+experts 0, 2 and 3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+BLOCK = 64  # tokens whose ranks are counted together; also what starts of experts are rounded to
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupedPlan:
+    """Rows and tiles. `X` is the largest number of tiles there can be, of which the first `num_tiles_1[0]` exist.
+
+    rows_TA: the row of each choice, or -1 where its expert is not local.
+    expert_X, start_X, end_X: a tile's local expert, its first row, and the end of its rows, a multiple of 64.
+    size_X: how many of its rows belong to tokens.
+    """
+
+    rows_TA: Int[Array, "T A"]
+    expert_X: Int[Array, "X"]
+    start_X: Int[Array, "X"]
+    end_X: Int[Array, "X"]
+    size_X: Int[Array, "X"]
+    num_tiles_1: Int[Array, "1"]
+
+
+def num_rows(num_choices: int, num_experts: int) -> int:
+    """The most rows that `num_choices` choices can take, each expert's rounded up to 64."""
+    return _round_up(num_choices + min(num_experts, num_choices) * (BLOCK - 1), BLOCK)
+
+
+def plan(
+    experts_TA: Int[Array, "T A"], *, num_experts: int, first_expert: int = 0, tile_rows: int = 128
+) -> GroupedPlan:
+    """Plans the choices of experts `first_expert` up to `first_expert + num_experts`, `tile_rows` rows a tile."""
+    num_choices = experts_TA.size
+    local_TA = experts_TA - first_expert
+    rank_TA, counts_BE = _ranks_in_blocks(local_TA, num_experts)
+    before_BE, sizes_E = _sums_before(counts_BE)
+    padded_E = _round_up(sizes_E, BLOCK)
+    ends_E = jnp.cumsum(padded_E)
+    starts_E = ends_E - padded_E
+
+    is_local_TA = (local_TA >= 0) & (local_TA < num_experts)
+    safe_TA = jnp.clip(local_TA, 0, num_experts - 1)
+    block_T1 = jnp.arange(experts_TA.shape[0])[:, None] // BLOCK
+    rows_TA = jnp.where(is_local_TA, (starts_E + before_BE)[block_T1, safe_TA] + rank_TA, -1)
+
+    max_tiles = num_choices // tile_rows + min(num_experts, num_choices)
+    tiles_E = (padded_E + tile_rows - 1) // tile_rows
+    last_tiles_E = jnp.cumsum(tiles_E)
+    tile_X = jnp.arange(max_tiles, dtype=jnp.int32)
+    expert_X = (last_tiles_E[None, :] <= tile_X[:, None]).sum(axis=1, dtype=jnp.int32)
+    expert_X = jnp.minimum(expert_X, num_experts - 1)
+    start_X = starts_E[expert_X] + (tile_X - (last_tiles_E - tiles_E)[expert_X]) * tile_rows
+    size_X = jnp.clip((starts_E + sizes_E)[expert_X] - start_X, 0, tile_rows)
+    return GroupedPlan(rows_TA, expert_X, start_X, ends_E[expert_X], size_X, last_tiles_E[-1:])
+
+
+def _ranks_in_blocks(local_TA, num_experts: int) -> tuple[jax.Array, jax.Array]:
+    """How many earlier tokens of the same 64 chose the same expert; how many tokens of each 64 chose each expert."""
+    num_tokens, active = local_TA.shape
+    num_blocks = -(-num_tokens // BLOCK)
+    padded_TA = jnp.pad(local_TA, ((0, num_blocks * BLOCK - num_tokens), (0, 0)), constant_values=-1)
+    is_chosen_TE = (padded_TA[:, :, None] == jnp.arange(num_experts)).any(axis=1)
+    is_chosen_BZE = is_chosen_TE.reshape(num_blocks, BLOCK, num_experts).astype(jnp.bfloat16)
+    # Sums of at most 64 ones: exact in bfloat16 products accumulated in float32.
+    is_before_ZZ = jnp.tri(BLOCK, k=-1, dtype=jnp.bfloat16)
+    ranks_BZE = jnp.einsum("ZY,BYE->BZE", is_before_ZZ, is_chosen_BZE, preferred_element_type=jnp.float32)
+    ranks_TE = ranks_BZE.reshape(-1, num_experts)[:num_tokens]
+    rank_TA = jnp.take_along_axis(ranks_TE, jnp.clip(local_TA, 0, num_experts - 1), axis=1)
+    return rank_TA.astype(jnp.int32), is_chosen_BZE.sum(axis=1, dtype=jnp.float32).astype(jnp.int32)
+
+
+def _sums_before(counts_BE) -> tuple[jax.Array, jax.Array]:
+    """The sum of the blocks before each one, and of all."""
+    # Counts of at most 64: exact in bfloat16 products accumulated in float32.
+    is_before_BB = jnp.tri(counts_BE.shape[0] + 1, counts_BE.shape[0], k=-1, dtype=jnp.bfloat16)
+    sums_BE = jnp.dot(is_before_BB, counts_BE.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    return sums_BE[:-1].astype(jnp.int32), sums_BE[-1].astype(jnp.int32)
+
+
+def _round_up(value, multiple: int):
+    return (value + multiple - 1) // multiple * multiple
