@@ -31,7 +31,7 @@ from pallas_kernels import dispatch, timing
 from pallas_kernels.experts import api as experts_api
 from pallas_kernels.experts import experts
 from pallas_kernels.experts import ragged as experts_ragged
-from pallas_kernels.experts.cases import LAYERS, Layer
+from pallas_kernels.experts.cases import LAYERS, Case, Layer
 from pallas_kernels.route import api as route_api
 from pallas_kernels.route import route
 from pallas_kernels.route.cases import ROUTERS, Router
@@ -156,10 +156,8 @@ class Benchmark:
 
     def inputs(self, tokens: int) -> list[tuple[jax.Array, Weights]]:
         """Enough inputs that what they read exceeds the L2 cache twice over."""
-        reads_bytes = min(self.layer.num_experts, tokens * self.layer.active) * self.layer.expert_bytes
-        keys = jax.random.split(
-            jax.random.key(tokens, impl="rbg"), max(timing.rotations(reads_bytes), len(self.weights))
-        )
+        count = max(timing.rotations(Case(self.name, tokens, self.layer).read_bytes), len(self.weights))
+        keys = jax.random.split(jax.random.key(tokens, impl="rbg"), count)
         shape = (tokens, self.layer.model_width)
         return [
             (jax.random.normal(key, shape, jnp.bfloat16), self.weights[index % len(self.weights)])

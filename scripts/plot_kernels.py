@@ -47,11 +47,11 @@ def table(records: Records) -> str:
     lines = [
         f"# One MoE layer on an {one['device']}",
         "",
-        f"jax {one['jax']}, {one['date'][:10]}, bfloat16, uniform random routing, weights rotated beyond the L2 cache;",
-        "made by `scripts/plot_kernels.py` from `kernels.jsonl`, which `scripts/benchmark_kernels.py` measured.",
+        f"jax {one['jax']}, {one['date'][:10]}, bfloat16, uniform random routing, weights rotated past the L2 cache.",
+        "Made by `scripts/plot_kernels.py` from `kernels.jsonl`, which `scripts/benchmark_kernels.py` measured.",
         "",
-        "Microseconds of device time with routing, and the fraction of the floor: the bytes of the active experts and the",
-        "gate at 4.6 TB/s or the FLOPs at 808 TFLOP/s, whichever takes longer.",
+        "Microseconds of device time with routing, and the fraction of the floor: the bytes of the active experts",
+        "and the gate at 4.6 TB/s or the FLOPs at 808 TFLOP/s, whichever takes longer.",
         "",
         *_rows(
             "shape", tokens, {shape: [_own(by_tokens.get(n)) for n in tokens] for shape, by_tokens in records.items()}

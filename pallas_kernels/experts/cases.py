@@ -64,6 +64,15 @@ class Case:
     local: tuple[int, int] | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
+    @property
+    def key(self) -> str:
+        return self.layer.key
+
+    @property
+    def read_bytes(self) -> int:
+        """An upper bound on the weights that a call reads."""
+        return min(self.layer.num_experts, self.tokens * self.layer.active) * self.layer.expert_bytes
+
 
 _TOY = Layer(4, 2, 64, 128)
 AWKWARD: tuple[Case, ...] = (

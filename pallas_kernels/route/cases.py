@@ -47,6 +47,16 @@ class Case:
     ties: bool = False
     dtype: str = "bfloat16"
 
+    @property
+    def key(self) -> str:
+        """How tuned tables name its shape."""
+        return f"E{self.router.num_experts} A{self.router.rule.top_k} D{self.router.model_width}"
+
+    @property
+    def read_bytes(self) -> int:
+        """The gate and the tokens."""
+        return 2 * self.router.model_width * (self.router.num_experts + self.tokens)
+
 
 def _toy(num_experts: int, rule: RoutingRule, *, model_width: int = 128, **biases: bool) -> Router:
     return Router(num_experts, model_width, rule, **biases)
