@@ -6,7 +6,12 @@ import re
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from moe_jax.checkpoints.errors import CheckpointError
 from moe_jax.checkpoints.safetensors import check_has_weights
@@ -48,30 +53,42 @@ def resolve(path_or_id: str | Path, *, revision: str | None = None) -> Path:
 
 
 def _downloaded(hub_id: str, revision: str | None) -> Path:
+    # Asked here and not by `snapshot_download`, which would wait for a silent server for ever.
     try:
-        path = huggingface_hub.snapshot_download(
-            hub_id,
-            revision=revision,
-            allow_patterns=list(FILES),
-            ignore_patterns=list(SUBFOLDERS),
-            etag_timeout=TIMEOUT_S,
-        )
-    # Whatever fails in the client or below it (names, sockets, proxies, disk), the advice is the same.
-    except Exception as error:
-        raise CheckpointError(
-            f"expected a local directory or a hub id, got {hub_id!r}: no such directory here, and {_reason(error)}. "
-            f"Try a directory with config.json and model.safetensors, or `hf download {hub_id}` with a network: "
-            "what is in the hub client's cache loads without one"
-        ) from error
+        commit = huggingface_hub.HfApi().repo_info(hub_id, revision=revision, timeout=TIMEOUT_S).sha
+    except GatedRepoError as error:
+        raise _not_found(hub_id, "its terms must be accepted on its page, and then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise _not_found(hub_id, "the hub has none (a private one needs `hf auth login`)") from error
+    except RevisionNotFoundError as error:
+        raise _not_found(hub_id, f"the hub's has no revision {revision!r}") from error
+    # Sockets, proxies, HTTP errors, offline mode: whatever fails in the client or below it, the cache may have the files.
+    except Exception as unreachable:
+        try:
+            return _snapshot(hub_id, revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            reason = f"{type(unreachable).__name__}: {str(unreachable).strip().partition(chr(10))[0]}"
+            raise _not_found(
+                hub_id, f"it is not in the hub client's cache and the hub cannot be reached ({reason})"
+            ) from unreachable
+    return _snapshot(hub_id, commit)
+
+
+def _snapshot(hub_id: str, revision: str | None, *, local_files_only: bool = False) -> Path:
+    path = huggingface_hub.snapshot_download(
+        hub_id,
+        revision=revision,
+        allow_patterns=list(FILES),
+        ignore_patterns=list(SUBFOLDERS),
+        etag_timeout=TIMEOUT_S,
+        local_files_only=local_files_only,
+    )
     return Path(path)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, GatedRepoError):
-        return "the hub wants its terms accepted on the model's page, and then `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):
-        return "the hub has no such repository (a private one needs `hf auth login`)"
-    if isinstance(error, RevisionNotFoundError):
-        return "the hub's repository has no such revision"
-    first_line = str(error).strip().partition("\n")[0]
-    return f"it could not be downloaded ({type(error).__name__}: {first_line})"
+def _not_found(hub_id: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"expected a local directory or a hub id, got {hub_id!r}: no such directory here, and {reason}. "
+        f"Try a directory with config.json and model.safetensors, or `hf download {hub_id}` with a network: "
+        "what is in the hub client's cache loads without one"
+    )

@@ -118,7 +118,7 @@ def _claim(path: str, parts: Iterable[Part], owners: dict[str, str]) -> None:
 def _chosen(
     path: str, options: list[list[Part]], duplicates: list[Part], contents: Contents, problems: dict[str, list[str]]
 ) -> tuple[list[Part], list[Part]]:
-    """The spelling that the files have (a tied copy if they have no other, the hub's if they have none), other copies."""
+    """The spelling that the files have (or a tied copy, or the hub's if they have none), and the other copies."""
 
     def is_present(part: Part) -> bool:
         return part.name in contents.tensors or part.name in contents.lost
