@@ -19,13 +19,13 @@ WIDTH, HIDDEN_WIDTH, EXPERTS, ACTIVE = 2048, 1024, 64, 8
 
 def families() -> Table:
     """Every family: model_type, and what its file says is unusual about it."""
-    rows = [(name, _first_sentence(module.__doc__ or "")) for name, module in FAMILIES.items()]
+    rows: list[tuple[str, ...]] = [(name, _first_sentence(module.__doc__ or "")) for name, module in FAMILIES.items()]
     return "Families", ("model_type", "what it is"), rows
 
 
 def kernels() -> Table:
     """For one bfloat16 layer of OLMoE's shape: which implementation of each op runs here, and why others do not."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for tokens in TOKENS:
         for op, choices in _explained(tokens).items():
             chosen = next(name for name, reason in choices if reason is None)

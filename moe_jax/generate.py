@@ -111,7 +111,7 @@ class Inputs:
     """One batch's inputs besides the prompts: how to sample, what ends a request (padded with -1)."""
 
     sampling: SamplingArrays
-    stop_ids_X: Int[Array, "X"]
+    stop_ids_X: Int[Array | np.ndarray, "X"]
 
 
 class Programs(NamedTuple):
@@ -426,8 +426,8 @@ def _generate_watching(model: Model, programs: Programs, leaves, cache, batch: B
     return state, trace
 
 
-def _finished(model: Model, batch: Batch, state: State, prompt_trace) -> Generated:
-    """The result, cut where each request stopped."""
+def _finished(model: Model, batch: Batch, state: Any, prompt_trace: Any) -> Generated:
+    """The result, cut where each request stopped. `state` is a `State` of numpy arrays without its cache."""
     lengths_B = np.array(state.lengths_B)
     texts: list[str] | None = None if model.tokenizer is None else []
     reasons = []
@@ -444,7 +444,10 @@ def _finished(model: Model, batch: Batch, state: State, prompt_trace) -> Generat
     is_kept_BU = np.arange(U) < lengths_B[:, None]
     routing = None
     if prompt_trace is not None:
-        routing = RoutingTrace(*prompt_trace, state.experts_BLUA[:, :, :U], state.weights_BLUA[:, :, :U])
+        prompt_experts_BLTA, prompt_weights_BLTA = prompt_trace
+        routing = RoutingTrace(
+            prompt_experts_BLTA, prompt_weights_BLTA, state.experts_BLUA[:, :, :U], state.weights_BLUA[:, :, :U]
+        )
     return Generated(
         tokens=np.where(is_kept_BU, state.tokens_BU[:, :U], NO_TOKEN),
         lengths=lengths_B,
@@ -548,11 +551,11 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A single prompt as a batch of one."""
     if isinstance(prompts, str):
         return [prompts]
-    listed = list(prompts)
+    listed: list[Any] = list(prompts)
     if not listed:
         raise ValueError("expected at least one prompt, got an empty list")
     if all(isinstance(each, int | np.integer) for each in listed):
-        return [listed]  # type: ignore[list-item]
+        return [listed]
     return listed
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         self.v_bias_KH = parameter.zeros((K, H), ("kv_heads", None), dtype) if has_qkv_bias else None
         self.o_bias_D = parameter.zeros((width,), ("embed",), dtype) if has_out_bias else None
         q_norm_width, k_norm_width = (H, H) if qk_norm == "head" else (N * H, K * H)
-        norms = dict(epsilon=norm_epsilon, dtype=dtype, axis=None)
+        norms: dict[str, Any] = dict(epsilon=norm_epsilon, dtype=dtype, axis=None)
         self.q_norm = RMSNorm(q_norm_width, **norms) if qk_norm else None
         self.k_norm = RMSNorm(k_norm_width, **norms) if qk_norm else None
 

@@ -69,7 +69,7 @@ class Config:
 
 def build(config: Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> CausalLM:
     """The model with random parameters of the given dtype."""
-    parts = dict(dtype=dtype, rngs=rngs)
+    parts: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
     width = config.hidden_size
 
     def attention(layer: int) -> Attention:

@@ -105,7 +105,7 @@ def _windows(hf: HFConfig, num_layers: int) -> tuple[int | None, ...]:
 
 def build(config: Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> CausalLM:
     """The model with random parameters of the given dtype."""
-    parts = dict(dtype=dtype, rngs=rngs)
+    parts: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
     width = config.hidden_size
 
     def feed_forward(layer: int) -> MoE | MLP:

@@ -135,7 +135,7 @@ class Block(nnx.Module):
     """Self-attention, in a decoder attention to the encoder, and a feed-forward; each normalised before and added."""
 
     def __init__(self, config: Config, *, is_decoder: bool, is_sparse: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        parts = dict(dtype=dtype, rngs=rngs)
+        parts: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         width, activation = config.d_model, config.dense_act_fn
 
         def norm() -> RMSNorm:
@@ -182,7 +182,7 @@ class Stack(nnx.Module):
     def __init__(
         self, config: Config, *, is_decoder: bool, embedding: Embedding | None, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        parts = dict(dtype=dtype, rngs=rngs)
+        parts: dict[str, Any] = dict(dtype=dtype, rngs=rngs)
         num_layers = config.num_decoder_layers if is_decoder else config.num_layers
         step = config.decoder_sparse_step if is_decoder else config.encoder_sparse_step
         self.embedding = embedding

@@ -74,9 +74,9 @@ def test_load(directory, tmp_path):
         moe_jax.load(directory, strategy="tp")
     with pytest.raises(ValueError, match="expected strategy to be one of tp, eptp, got 'magic'"):
         moe_jax.load(directory, mesh="ep=2", strategy="magic")
-    with pytest.raises(ValueError, match="3 devices .*do not divide"):
+    with pytest.raises(ValueError, match=r"3 devices .*do not divide"):
         moe_jax.load(directory, mesh="ep=3")
-    with pytest.raises(ValueError, match="mesh: expected at most 8 devices, got .*needs 16"):
+    with pytest.raises(ValueError, match=r"mesh: expected at most 8 devices, got .*needs 16"):
         moe_jax.load(directory, mesh="ep=16")
     with pytest.raises(ValueError, match="mesh: expected sizes like \"ep=4,tp=2\", got 'ep4'"):
         moe_jax.load(directory, mesh="ep4")

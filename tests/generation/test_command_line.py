@@ -1,0 +1,86 @@
+"""The command line as a user meets it: text as it comes, one line for an error, a clean end on Ctrl-C."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import moe_jax
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "moe_jax", *map(str, arguments)]
+
+
+def run(*arguments, **options):
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, **options)
+
+
+def test_generate_prints_what_generate_returns(directory, model):
+    done = run("generate", "--model", directory, "--prompt", "To be", "-n", 12, "--temperature", 0, "--dtype", "float32")
+    want = moe_jax.generate(model, "To be", max_new_tokens=12).texts[0]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"To be{want}\n"
+    assert "experts that answered: layer 0: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "moe-jax: expected a prompt of at least one character"),
+        (["--temperature", "-1"], "moe-jax: Sampling: expected temperature"),
+        (["-n", "0"], "moe-jax: expected max_new_tokens to be a whole number of at least 1, got 0"),
+        (["--model", "/nowhere/at/all"], "moe-jax: expected"),
+    ],
+)
+def test_an_error_is_one_line(directory, arguments, message):
+    done = run("generate", "--model", directory, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_chat_asks_for_a_chat_checkpoint(directory):
+    done = run("chat", "--model", directory, input="hello\n")
+    assert done.returncode == 2
+    assert "expected a checkpoint with a chat template" in done.stderr
+
+
+def test_chat_follows_the_template(directory, tmp_path):
+    copy = tmp_path / "chat"
+    shutil.copytree(directory, copy)
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]")
+    done = run("chat", "--model", copy, "-n", 8, "--temperature", 0, "--dtype", "float32", input="hi\nagain\n\n")
+    assert done.returncode == 0, done.stderr
+    chat = moe_jax.load(copy, dtype="float32")
+    first = moe_jax.generate(chat, "[user]hi[assistant]", max_new_tokens=8).texts[0]
+    second = moe_jax.generate(chat, f"[user]hi[assistant]{first}[user]again[assistant]", max_new_tokens=8).texts[0]
+    assert done.stdout == f"> {first}\n> {second}\n> "
+
+
+def test_control_c_ends_cleanly(directory, tmp_path):
+    copy = tmp_path / "long"
+    shutil.copytree(directory, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | dict(max_position_embeddings=100_000, eos_token_id=None)))
+    arguments = command("generate", "--model", copy, "--prompt", "a", "-n", 50_000)
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:
+        assert len(process.stdout.read(30)) == 30  # it is under way
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"stopped" in stderr
+    assert b"Traceback" not in stderr
+
+
+def test_info_says_what_runs_here_and_why_not_the_rest():
+    done = run("info", env=os.environ | {"COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    for model_type in moe_jax.models.FAMILIES:
+        assert model_type in done.stdout
+    assert "Kernels on cpu" in done.stdout
+    assert "reference" in done.stdout
