@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.route.api import Places
+
 BLOCK = 64  # tokens whose ranks are counted together; also what starts of experts are rounded to
 
 
@@ -41,12 +43,20 @@ def num_rows(num_choices: int, num_experts: int) -> int:
 
 
 def plan(
-    experts_TA: Int[Array, "T A"], *, num_experts: int, first_expert: int = 0, tile_rows: int = 128
+    experts_TA: Int[Array, "T A"],
+    *,
+    num_experts: int,
+    first_expert: int = 0,
+    tile_rows: int = 128,
+    places: Places | None = None,
 ) -> GroupedPlan:
     """Plans the choices of experts `first_expert` up to `first_expert + num_experts`, `tile_rows` rows a tile."""
     num_choices = experts_TA.size
     local_TA = experts_TA - first_expert
-    rank_TA, counts_BE = _ranks_in_blocks(local_TA, num_experts)
+    if places is None:
+        ranks_TA, counts_BE = _ranks_in_blocks(local_TA, num_experts)
+    else:
+        ranks_TA, counts_BE = places.ranks_TA, places.counts_BE[:, first_expert : first_expert + num_experts]
     before_BE, sizes_E = _sums_before(counts_BE)
     padded_E = _round_up(sizes_E, BLOCK)
     ends_E = jnp.cumsum(padded_E)
@@ -55,7 +65,7 @@ def plan(
     is_local_TA = (local_TA >= 0) & (local_TA < num_experts)
     safe_TA = jnp.clip(local_TA, 0, num_experts - 1)
     block_T1 = jnp.arange(experts_TA.shape[0])[:, None] // BLOCK
-    rows_TA = jnp.where(is_local_TA, (starts_E + before_BE)[block_T1, safe_TA] + rank_TA, -1)
+    rows_TA = jnp.where(is_local_TA, (starts_E + before_BE)[block_T1, safe_TA] + ranks_TA, -1)
 
     max_tiles = num_choices // tile_rows + min(num_experts, num_choices)
     tiles_E = (padded_E + tile_rows - 1) // tile_rows

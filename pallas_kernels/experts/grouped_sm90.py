@@ -43,8 +43,7 @@ def experts(
         settings = default_settings()
     return _experts(
         x_TD,
-        routing.weights_TA,
-        routing.experts_TA,
+        routing,
         up_EGFD,
         down_EDF,
         up_bias_EGF,
@@ -70,8 +69,7 @@ def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> list[d
 @functools.partial(jax.jit, static_argnames=("activation", "first_expert", "settings", "num_sms"))
 def _experts(
     x_TD,
-    weights_TA,
-    experts_TA,
+    routing: Routing,
     up_EGFD,
     down_EDF,
     up_bias_EGF,
@@ -86,14 +84,20 @@ def _experts(
     chosen = dict(settings)
     up_tile = Tile(chosen["up_columns"] * (2 // gates), stages=chosen["up_stages"], band=chosen["up_band"])
     down_tile = Tile(chosen["down_columns"], stages=chosen["down_stages"], band=chosen["down_band"])
-    plan = grouped_plan.plan(experts_TA, num_experts=num_experts, first_expert=first_expert, tile_rows=TILE_ROWS)
-    num_rows = grouped_plan.num_rows(experts_TA.size, num_experts)
+    plan = grouped_plan.plan(
+        routing.experts_TA,
+        num_experts=num_experts,
+        first_expert=first_expert,
+        tile_rows=TILE_ROWS,
+        places=routing.places,
+    )
+    num_rows = grouped_plan.num_rows(routing.experts_TA.size, num_experts)
 
     rows_MD = grouped_rows_sm90.spread(x_TD, plan.rows_TA, num_rows=num_rows, num_sms=num_sms)
     hidden_MF = grouped_up(rows_MD, up_EGFD, up_bias_EGF, plan, activation=activation, tile=up_tile, num_sms=num_sms)
     values_MD, scales_NM = grouped_down(hidden_MF, down_EDF, down_bias_ED, plan, tile=down_tile, num_sms=num_sms)
     return grouped_rows_sm90.combine(
-        values_MD, scales_NM, plan.rows_TA, weights_TA, model_width=model_width, dtype=x_TD.dtype
+        values_MD, scales_NM, plan.rows_TA, routing.weights_TA, model_width=model_width, dtype=x_TD.dtype
     )
 
 
