@@ -18,9 +18,19 @@ WIDTH, HIDDEN_WIDTH, EXPERTS, ACTIVE = 2048, 1024, 64, 8
 
 
 def families() -> Table:
-    """Every family: model_type, and what its file says is unusual about it."""
-    rows: list[tuple[str, ...]] = [(name, _first_sentence(module.__doc__ or "")) for name, module in FAMILIES.items()]
-    return "Families", ("model_type", "what it is"), rows
+    """Every family, as its file's docstring introduces it: model_type, what it is, checkpoints."""
+    rows: list[tuple[str, ...]] = []
+    for name, module in FAMILIES.items():
+        introduction, _, rest = (module.__doc__ or "").partition("Checkpoints: ")
+        rows.append((name, _first_sentence(introduction), _first_sentence(rest)))
+    return "Families", ("model_type", "what it is", "checkpoints"), rows
+
+
+def as_markdown(table: Table) -> str:
+    """A table's columns and rows in Markdown, without its title."""
+    _, columns, rows = table
+    lines = [columns, ("---",) * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def kernels() -> Table:

@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax import memory
 from moe_jax import sampling as sampling_
 from moe_jax.kv_cache import KVCache
 from moe_jax.layers.decoder import Step
@@ -163,7 +164,7 @@ def generate(
     batch = checked(model, prompts, max_new_tokens, sampling, stop, stop_token_ids)
     record = Record(logprobs=logprobs, routed_experts=routed_experts)
     leaves, programs = compiled_for(model, batch.filters, record)
-    cache = programs.empty_cache(leaves, batch=len(batch.prompts), capacity=batch.capacity)
+    cache = _empty_cache(programs, leaves, batch)
     with status("Compiling and generating"):
         if batch.stop_strings:
             state, prompt_trace = _generate_watching(model, programs, leaves, cache, batch)
@@ -412,6 +413,16 @@ def _stacked(routings: Sequence[Routing], batch: int) -> tuple[jax.Array, jax.Ar
     return stacked([each.experts_TA for each in routings]), stacked([each.weights_TA for each in routings])
 
 
+def _empty_cache(programs: Programs, leaves, batch: Batch) -> KVCache:
+    make = functools.partial(programs.empty_cache, leaves, batch=len(batch.prompts), capacity=batch.capacity)
+    memory.require(
+        jax.tree.leaves(jax.eval_shape(make)),
+        what=f"the cache of {len(batch.prompts)} requests x {batch.capacity} positions",
+        remedy="generate for fewer requests at once, or fewer max_new_tokens",
+    )
+    return make()
+
+
 def _generate_watching(model: Model, programs: Programs, leaves, cache, batch: Batch):
     """Generates a few tokens at a time and looks for stop strings in between."""
     operands = (batch.tokens_BT, batch.lengths_B, batch.inputs)
@@ -479,7 +490,7 @@ def _text(model: Model, tokens: np.ndarray) -> str:
 
 
 def _streamed(model: Model, batch: Batch, leaves, programs: Programs) -> Iterator[Piece]:
-    cache = programs.empty_cache(leaves, batch=len(batch.prompts), capacity=batch.capacity)
+    cache = _empty_cache(programs, leaves, batch)
     with status("Compiling"):
         state, _ = programs.prefill(
             leaves, cache, batch.tokens_BT, batch.lengths_B, batch.inputs, new_bucket=batch.new_bucket

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import sharding
-from moe_jax import models
+from moe_jax import memory, models
 from moe_jax.checkpoints import hub, load_parameters, save_parameters
 from moe_jax.tokenizer import Tokenizer
 
@@ -89,6 +89,11 @@ def load(
     if mesh is not None:
         abstract = _placed(abstract, mesh, strategy or "eptp")
     shapes = {name: leaf for name, (leaf, _) in abstract.items()}
+    memory.require(
+        shapes.values(),
+        what=f"{path_or_id} in {dtype}",
+        remedy='use dtype="bfloat16", or split it over more devices with mesh="ep=2"',
+    )
     loaded = load_parameters(directory, shapes, family.rules(config), check_finite=check_finite)
     return Model(
         module=_merged(graph, loaded),

@@ -42,10 +42,11 @@ def attend(
         scores_BKGTS = scores_BKGTS + bias_NTS.astype(jnp.float32).reshape(-1, K, N // K, T, S)
     scores_BKGTS = jnp.where(is_visible_BTS[:, None, None], scores_BKGTS, MASKED)
     probabilities = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
-    out_BTKGH = jnp.einsum(
-        "BKGTS,BKSH->BTKGH", probabilities, v_BKSH, precision=precision, preferred_element_type=jnp.float32
+    # Transposed afterwards: asked for `BTKGH` at once, XLA makes a product that its CPU backend lacks for bfloat16.
+    out_BKGTH = jnp.einsum(
+        "BKGTS,BKSH->BKGTH", probabilities, v_BKSH, precision=precision, preferred_element_type=jnp.float32
     )
-    return out_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    return jnp.moveaxis(out_BKGTH, 3, 1).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
 def causal(positions_BT: jax.Array, num_keys: int, window: int | None = None) -> jax.Array:

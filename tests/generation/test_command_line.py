@@ -21,7 +21,9 @@ def run(*arguments, **options):
 
 
 def test_generate_prints_what_generate_returns(directory, model):
-    done = run("generate", "--model", directory, "--prompt", "To be", "-n", 12, "--temperature", 0, "--dtype", "float32")
+    done = run(
+        "generate", "--model", directory, "--prompt", "To be", "-n", 12, "--temperature", 0, "--dtype", "float32"
+    )
     want = moe_jax.generate(model, "To be", max_new_tokens=12).texts[0]
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"To be{want}\n"
@@ -53,7 +55,9 @@ def test_chat_asks_for_a_chat_checkpoint(directory):
 def test_chat_follows_the_template(directory, tmp_path):
     copy = tmp_path / "chat"
     shutil.copytree(directory, copy)
-    (copy / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]")
+    (copy / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    )
     done = run("chat", "--model", copy, "-n", 8, "--temperature", 0, "--dtype", "float32", input="hi\nagain\n\n")
     assert done.returncode == 0, done.stderr
     chat = moe_jax.load(copy, dtype="float32")

@@ -1,0 +1,34 @@
+"""Writes the tables of README.md that come from code, between their markers.
+
+Example: python scripts/make_tables.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from moe_jax import description
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """The text with what stands between `<!-- name -->` and `<!-- end name -->` replaced.
+
+    Raises:
+      ValueError: the markers are not there.
+    """
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    if not marked.search(text):
+        raise ValueError(f"expected the markers <!-- {name} --> and <!-- end {name} --> in {README.name}, got none")
+    return marked.sub(lambda match: match[1] + table + match[2], text)
+
+
+def main() -> None:
+    README.write_text(with_table(README.read_text(), "families", description.as_markdown(description.families())))
+    print(f"wrote the tables of {README}")
+
+
+if __name__ == "__main__":
+    main()
