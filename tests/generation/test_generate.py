@@ -27,6 +27,12 @@ def test_a_request_does_not_depend_on_its_batch(model, sampling):
     assert reordered.tokens.tolist() == together.tokens.tolist()[::-1]
 
 
+def test_bfloat16_generates_in_batches(directory):
+    half = moe_jax.load(directory, dtype="bfloat16")
+    out = moe_jax.generate(half, PROMPTS, max_new_tokens=6, sampling=SAMPLED, stop_token_ids=())
+    assert out.lengths.tolist() == [6, 6, 6]
+
+
 def test_greedy_follows_the_argmax_of_teacher_forcing(model):
     prompt = model.tokenizer.encode(PROMPTS[1])
     new = moe_jax.generate(model, [prompt], max_new_tokens=12, stop_token_ids=()).tokens[0].tolist()
