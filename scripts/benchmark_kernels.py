@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -28,11 +29,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch, timing
-from pallas_kernels.experts import api as experts_api
 from pallas_kernels.experts import experts
 from pallas_kernels.experts import ragged as experts_ragged
 from pallas_kernels.experts.cases import LAYERS, Case, Layer
-from pallas_kernels.route import api as route_api
 from pallas_kernels.route import route
 from pallas_kernels.route.cases import ROUTERS, Router
 
@@ -63,7 +62,7 @@ jax.tree_util.register_dataclass(Weights)
 LayerFunction = Callable[[jax.Array, Weights], tuple[jax.Array, jax.Array]]
 
 
-def layer_function(name: str, *, route_by: str | None = None, run_experts: Callable = experts) -> LayerFunction:
+def layer_function(name: str, route_by: str | None = None, run_experts: Callable = experts) -> LayerFunction:
     """The MoE layer of a named shape; dispatch chooses unless an implementation is named."""
     rule, activation = ROUTERS[name].rule, LAYERS[name].activation
 
@@ -119,6 +118,11 @@ def floor_us(layer: Layer, tokens: int, active_experts: float) -> float:
     return 1e6 * max(read_s, flops / timing.BF16_FLOPS_PER_S)
 
 
+def copies(layer: Layer) -> int:
+    """How many layers of weights there are, so that together they exceed the L2 cache many times over."""
+    return max(1, round(ROTATED_BYTES / (layer.num_experts * layer.expert_bytes)))
+
+
 def chained(layer: LayerFunction) -> Callable[[jax.Array, list[Weights]], jax.Array]:
     def layers(x_TD: jax.Array, weights: list[Weights]) -> jax.Array:
         for index in range(CHAINED_LAYERS):
@@ -142,118 +146,129 @@ def active_experts(experts_TA: jax.Array) -> int:
     return len(set(experts_TA.reshape(-1).tolist()))
 
 
-@dataclasses.dataclass
-class Benchmark:
-    """One shape on one GPU: its weights, its inputs, its programs."""
-
-    name: str
-    baselines: list[str]
-    weights: list[Weights]
-
-    @property
-    def layer(self) -> Layer:
-        return LAYERS[self.name]
-
-    def inputs(self, tokens: int) -> list[tuple[jax.Array, Weights]]:
-        """Enough inputs that what they read exceeds the L2 cache twice over."""
-        count = max(timing.rotations(Case(self.name, tokens, self.layer).read_bytes), len(self.weights))
-        keys = jax.random.split(jax.random.key(tokens, impl="rbg"), count)
-        shape = (tokens, self.layer.model_width)
-        return [
-            (jax.random.normal(key, shape, jnp.bfloat16), self.weights[index % len(self.weights)])
-            for index, key in enumerate(keys)
-        ]
-
-    def programs(self, tokens: int) -> dict[str, Any]:
-        """What has to be compiled for a token count, lowered: `ours`, `chained` of it, and the baselines by name."""
-        x_TD = jax.ShapeDtypeStruct((tokens, self.layer.model_width), jnp.bfloat16)
-        ours = layer_function(self.name)
-        functions = {"ours": ours}
-        for baseline, run_experts in baseline_experts().items():
-            is_timed = baseline in self.baselines and tokens in BASELINE_TOKENS
-            if is_timed or baseline == "xla":  # which is what results are checked against, too
-                functions[baseline] = layer_function(self.name, route_by="reference", run_experts=run_experts)
-        lowered = {name: jax.jit(function).lower(x_TD, self.weights[0]) for name, function in functions.items()}
-        if tokens <= MOST_CHAINED_TOKENS:
-            lowered["chained"] = jax.jit(chained(ours)).lower(x_TD, self.weights)
-        return lowered
-
-    def measure(self, tokens: int, compiled: dict[str, Any]) -> dict[str, Any]:
-        """The record of one token count.
-
-        Raises:
-          ValueError: the result is not the definition's.
-        """
-        inputs = self.inputs(tokens)
-        y_TD, _ = compiled["ours"](*inputs[0])
-        exact_TD, _ = compiled["xla"](*inputs[0])
-        exact_TD = exact_TD.astype(jnp.float32)
-        error = float(jnp.linalg.norm(y_TD.astype(jnp.float32) - exact_TD) / jnp.linalg.norm(exact_TD))
-        if not error <= LARGEST_ERROR:
-            raise ValueError(f"expected a relative error of at most {LARGEST_ERROR}, got {error}")
-        active = [active_experts(compiled["ours"](*arguments)[1]) for arguments in inputs]
-        mean_active = sum(active) / len(active)
-        measured = timing.measure(compiled["ours"], inputs)
-        floor = floor_us(self.layer, tokens, mean_active)
-        record = {
-            "shape": self.name,
-            "tokens": tokens,
-            "time_us": round(measured.time_us, 2),
-            "floor_us": round(floor, 2),
-            "fraction_of_floor": round(floor / measured.time_us, 4),
-            "active_experts": round(mean_active, 2),
-            "relative_error": error,
-            "implementations": self.chosen(tokens),
-            "kernels": [[name, round(time_us, 2)] for name, time_us in measured.kernels],
-        }
-        if "chained" in compiled:
-            record["chained_us"] = round(chained_us(compiled["chained"], inputs[0][0], self.weights), 2)
-        if tokens in BASELINE_TOKENS:
-            record["baselines_us"] = self.measure_baselines(inputs, compiled)
-        return record
-
-    def measure_baselines(self, inputs: list[tuple[jax.Array, Weights]], compiled: dict[str, Any]) -> dict[str, float]:
-        programs = {name: compiled[name] for name in self.baselines if name in compiled}
-        return {name: round(timing.measure(run, inputs[:2], repeats=2).time_us, 1) for name, run in programs.items()}
-
-    def chosen(self, tokens: int) -> dict[str, str]:
-        """The implementations that dispatch takes: the first without a reason not to."""
-        weights = self.weights[0]
-        x_TD = jax.ShapeDtypeStruct((tokens, self.layer.model_width), jnp.bfloat16)
-        biases = dict(gate_bias_E=weights.gate_bias_E, selection_bias_E=weights.selection_bias_E)
-        routes = route_api.explain(x_TD, weights.gate_ED, rule=ROUTERS[self.name].rule, **biases)
-        routing = jax.eval_shape(
-            functools.partial(route, rule=ROUTERS[self.name].rule, **biases), x_TD, weights.gate_ED
-        )
-        biases = dict(up_bias_EGF=weights.up_bias_EGF, down_bias_ED=weights.down_bias_ED)
-        operands = (x_TD, routing, weights.up_EGFD, weights.down_EDF)
-        layers = experts_api.explain(*operands, activation=self.layer.activation, **biases)
-        return {
-            op: next(name for name, reason in rows if reason is None)
-            for op, rows in (("route", routes), ("experts", layers))
-        }
+Programs = dict[str, Any]  # compiled, by name: `ours`, its `definition`, `chained` layers of ours, and baselines
+Compiling = dict[str, concurrent.futures.Future]
 
 
-def run_shape(name: str, tokens: list[int], baselines: list[str], deadline_s: float) -> Iterator[dict[str, Any]]:
-    """Records of a shape, one for each token count; compiles on several threads while it measures."""
+def functions(name: str, tokens: int, baselines: list[str]) -> dict[str, Callable]:
+    """What has to be compiled for a shape and token count."""
+    found = baseline_experts()
+    wanted = {"ours": layer_function(name), "definition": layer_function(name, "reference", found["xla"])}
+    if tokens in BASELINE_TOKENS:
+        wanted |= {key: layer_function(name, "reference", found[key]) for key in baselines if key in found}
+    if tokens <= MOST_CHAINED_TOKENS:
+        wanted["chained"] = chained(wanted["ours"])
+    return wanted
+
+
+def compile_function(function: Callable, key: str, name: str, tokens: int) -> Any:
     layer = LAYERS[name]
-    copies = max(1, round(ROTATED_BYTES / (layer.num_experts * layer.expert_bytes)))
-    keys = jax.random.split(jax.random.key(0, impl="rbg"), copies)
-    benchmark = Benchmark(name, baselines, [make_weights(layer, ROUTERS[name], key) for key in keys])
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        compiling = {}
-        for count in tokens:
-            if time.monotonic() < deadline_s:
-                lowered = benchmark.programs(count)
-                compiling[count] = {key: pool.submit(program.compile) for key, program in lowered.items()}
-        for count, programs in compiling.items():
-            if time.monotonic() > deadline_s:
-                print(f"{name}, {count} tokens: left out, --seconds are over", flush=True)
-                continue
-            try:
-                yield benchmark.measure(count, {key: future.result() for key, future in programs.items()})
-            except Exception as error:  # one failing point must not lose the others; it is shown and fails the run
-                yield {"shape": name, "tokens": count, "error": f"{type(error).__name__}: {error}"[:500]}
+    x_TD = jax.ShapeDtypeStruct((tokens, layer.model_width), jnp.bfloat16)
+    weights = jax.eval_shape(functools.partial(make_weights, layer, ROUTERS[name]), jax.random.key(0, impl="rbg"))
+    arguments = (x_TD, [weights] * copies(layer) if key == "chained" else weights)
+    # The definition checks results and is not timed: finding its fastest algorithms would take longer than all the rest.
+    options = {"xla_gpu_autotune_level": 0} if key == "definition" else None
+    return jax.jit(function).lower(*arguments).compile(options)
+
+
+def compile_all(points: list[tuple[str, int]], baselines: list[str], deadline_s: float) -> list[Compiling]:
+    """Compiles on many threads, and returns when all is done: XLA's autotuning would disturb measurements."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        compiling: list[Compiling] = [
+            {
+                key: pool.submit(compile_function, function, key, name, tokens)
+                for key, function in functions(name, tokens, baselines).items()
+            }
+            for name, tokens in points
+        ]
+        waiting = [future for futures in compiling for future in futures.values()]
+        for count, future in enumerate(waiting):
+            with contextlib.suppress(concurrent.futures.TimeoutError, Exception):  # raised again where it is needed
+                future.result(timeout=max(0.0, deadline_s - time.monotonic()))
+            if sys.stderr.isatty():
+                print(f"\rcompiled {count + 1} of {len(waiting)}", end="", file=sys.stderr)
+        pool.shutdown(cancel_futures=True)
+    return compiling
+
+
+def results(compiling: Compiling) -> Programs:
+    """The compiled programs; a baseline that did not compile is shown and left out."""
+    programs = {}
+    for key, future in compiling.items():
+        if key in BASELINES and future.exception():
+            print(f"{key}: left out, {str(future.exception())[:200]}", flush=True)
+        else:
+            programs[key] = future.result()
+    return programs
+
+
+def make_inputs(name: str, tokens: int, weights: list[Weights]) -> list[tuple[jax.Array, Weights]]:
+    """Enough inputs that what they read exceeds the L2 cache twice over."""
+    layer = LAYERS[name]
+    count = max(timing.rotations(Case(name, tokens, layer).read_bytes), len(weights))
+    keys = jax.random.split(jax.random.key(tokens, impl="rbg"), count)
+    shape = (tokens, layer.model_width)
+    return [
+        (jax.random.normal(key, shape, jnp.bfloat16), weights[index % len(weights)]) for index, key in enumerate(keys)
+    ]
+
+
+def measure(name: str, tokens: int, programs: Programs, weights: list[Weights]) -> dict[str, Any]:
+    """The record of one shape and token count.
+
+    Raises:
+      ValueError: the result is not the definition's.
+    """
+    inputs = make_inputs(name, tokens, weights)
+    error = relative_error(programs["ours"](*inputs[0])[0], programs["definition"](*inputs[0])[0])
+    if not error <= LARGEST_ERROR:
+        raise ValueError(f"expected a relative error of at most {LARGEST_ERROR}, got {error}")
+    active = [active_experts(programs["ours"](*arguments)[1]) for arguments in inputs]
+    mean_active = sum(active) / len(active)
+    measured = timing.measure(programs["ours"], inputs)
+    floor = floor_us(LAYERS[name], tokens, mean_active)
+    record = {
+        "shape": name,
+        "tokens": tokens,
+        "time_us": round(measured.time_us, 2),
+        "floor_us": round(floor, 2),
+        "fraction_of_floor": round(floor / measured.time_us, 4),
+        "active_experts": round(mean_active, 2),
+        "relative_error": error,
+        "kernels": [[kernel, round(time_us, 2)] for kernel, time_us in measured.kernels],
+    }
+    if "chained" in programs:
+        record["chained_us"] = round(chained_us(programs["chained"], inputs[0][0], weights), 2)
+    times_us = {
+        key: round(timing.measure(program, inputs[:2], repeats=2).time_us, 1)
+        for key, program in programs.items()
+        if key in BASELINES
+    }
+    return record | ({"baselines_us": times_us} if times_us else {})
+
+
+def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> float:
+    exact_TD = exact_TD.astype(jnp.float32)
+    return float(jnp.linalg.norm(y_TD.astype(jnp.float32) - exact_TD) / jnp.linalg.norm(exact_TD))
+
+
+def run(points: list[tuple[str, int]], baselines: list[str], deadline_s: float) -> Iterator[dict[str, Any]]:
+    """A record of each point; a point that fails gives one with its `error`, and the others go on."""
+    compiled = compile_all(points, baselines, deadline_s)
+    made, weights = "", []
+    for (name, tokens), compiling in zip(points, compiled, strict=True):
+        is_late = time.monotonic() > deadline_s
+        if is_late or any(future.cancelled() for future in compiling.values()):
+            print(f"{name}, {tokens} tokens: left out, --seconds are over", flush=True)
+            continue
+        if name != made:
+            weights.clear()
+            keys = jax.random.split(jax.random.key(0, impl="rbg"), copies(LAYERS[name]))
+            made, weights = name, [make_weights(LAYERS[name], ROUTERS[name], key) for key in keys]
+        try:
+            yield measure(name, tokens, results(compiling), weights)
+        except Exception as error:  # one point must not lose the others; it is recorded, shown, and fails the run
+            yield {"shape": name, "tokens": tokens, "error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def torch_records(shapes: list[str], tokens: list[int]) -> dict[tuple[str, int], float]:
@@ -301,13 +316,14 @@ def main() -> int:
         print(f"needs a GPU; jax sees {device.kind}. `make aot` checks the kernels without one.", file=sys.stderr)
         return 2
     records = []
-    for name in flags.shapes:
-        for record in run_shape(name, flags.tokens, flags.baselines, deadline_s):
-            if (name, record["tokens"]) in torch_us:
-                record.setdefault("baselines_us", {})["torch"] = torch_us[name, record["tokens"]]
-            print(summary([record]).splitlines()[1], flush=True)
-            timing.append_record(flags.output, record)
-            records.append(record)
+    points = [(name, tokens) for name in flags.shapes for tokens in flags.tokens]
+    for record in run(points, flags.baselines, deadline_s):
+        point = (record["shape"], record["tokens"])
+        if point in torch_us:
+            record.setdefault("baselines_us", {})["torch"] = torch_us[point]
+        print(summary([record]).splitlines()[1], flush=True)
+        timing.append_record(flags.output, record)
+        records.append(record)
     print(summary(records))
     return int(any("error" in record for record in records))
 
