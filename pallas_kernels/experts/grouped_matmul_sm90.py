@@ -24,6 +24,7 @@ from pallas_kernels.experts.grouped_plan import GroupedPlan
 from pallas_kernels.experts.reference import CLAMP, SIGMOID_SLOPE
 
 ROWS = 64  # of one warpgroup
+SWIZZLED = 64  # elements of 2 bytes in the widest swizzle
 WARPGROUPS = 2  # that multiply
 TILE_ROWS = ROWS * WARPGROUPS
 SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
@@ -33,12 +34,11 @@ SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
 class Tile:
     """How the work is cut.
 
-    columns: of the output, per gate. depth: of one step. stages: of the ring. band: tiles of rows that are multiplied
+    columns: of the output, per gate. stages: of the ring. band: tiles of rows that are multiplied
     by the same columns one after another, so that weights come from memory once and then from the L2 cache.
     """
 
     columns: int
-    depth: int = 64
     stages: int = 4
     band: int = 8
 
@@ -46,7 +46,11 @@ class Tile:
 def grouped_up(
     rows_MD, up_EGFD, bias_EGF, plan: GroupedPlan, *, activation: str, tile: Tile, num_sms: int
 ) -> jax.Array:
-    """`act(rows @ up[expert].T + bias)`, `[M, F]` in the rows' dtype. Rows that no tile covers stay undefined."""
+    """`act(rows @ up[expert].T + bias)` in the rows' dtype, `[M, F]` with F rounded up to 64 by zeros.
+
+    Rows that no tile covers stay undefined.
+    """
+    width = pl.cdiv(up_EGFD.shape[2], SWIZZLED) * SWIZZLED
     is_gated = up_EGFD.shape[1] == 2
 
     def _activated(parts):
@@ -58,7 +62,7 @@ def grouped_up(
         bias_EGF,
         plan,
         lambda parts: ([value.astype(rows_MD.dtype) for value in _activated(parts)],),
-        out_types=(jax.ShapeDtypeStruct((rows_MD.shape[0], up_EGFD.shape[2]), rows_MD.dtype),),
+        out_types=(jax.ShapeDtypeStruct((rows_MD.shape[0], width), rows_MD.dtype),),
         tile=tile,
         num_sms=num_sms,
         name="grouped_up",
@@ -146,7 +150,8 @@ def _grouped_matmul(
     blocks of columns for `out[rows, columns]` and, optionally, one number per row for `out[tile of columns, rows]`.
     """
     _, gates, width, depth = weights_EGOI.shape
-    column_tiles, steps = pl.cdiv(width, tile.columns), pl.cdiv(depth, tile.depth)
+    step_depth = math.gcd(depth, SWIZZLED)  # a swizzled copy wants an array whose width it divides
+    column_tiles, steps = pl.cdiv(width, tile.columns), depth // step_depth
     half = tile.columns if gates == 2 else tile.columns // 2
     sources = [(0, 0), (1, 0)] if gates == 2 else [(0, 0), (0, half)]  # (gate, first column) of each half
     has_bias = bias_EGO is not None
@@ -192,7 +197,7 @@ def _grouped_matmul(
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                    inner = pl.ds(k * tile.depth, tile.depth)
+                    inner = pl.ds(k * step_depth, step_depth)
                     plgpu.copy_gmem_to_smem(
                         rows_gmem.at[pl.ds(start, TILE_ROWS), inner], rows_smem.at[slot], full.at[slot]
                     )
@@ -293,8 +298,8 @@ def _grouped_matmul(
         thread_name="warpgroup",
         kernel_name=name,
         scratch_types=dict(
-            rows_smem=plgpu.SMEM((tile.stages, TILE_ROWS, tile.depth), dtype),
-            weights_smem=plgpu.SMEM((tile.stages, 2, half, tile.depth), dtype),
+            rows_smem=plgpu.SMEM((tile.stages, TILE_ROWS, step_depth), dtype),
+            weights_smem=plgpu.SMEM((tile.stages, 2, half, step_depth), dtype),
             out_smem=plgpu.SMEM((WARPGROUPS, ROWS, half), out_types[0].dtype),
             full=plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
             empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.stages),

@@ -1,0 +1,83 @@
+"""The plan of the grouped expert layer, against counting by hand; and its own building blocks."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import interpret
+from pallas_kernels.experts import cases, grouped_plan, grouped_rows_sm90
+from pallas_kernels.route.api import Places
+
+MANY = cases.Case("many_blocks", 300, cases.Layer(12, 3, 64, 128), local=(2, 9))
+PLANNED = [case for case in cases.AWKWARD if case.dtype == "bfloat16"] + [MANY]
+
+
+@pytest.mark.parametrize("has_places", [False, True])
+@pytest.mark.parametrize("case", PLANNED, ids=lambda case: case.name)
+def test_plan_counts_as_by_hand(case, has_places):
+    routing = cases.routing(jax.random.key(0), case.tokens, case.layer, chosen=case.chosen)
+    first, count = case.local or (0, case.layer.num_experts)
+    places = _places_by_hand(np.asarray(routing.experts_TA), case.layer.num_experts) if has_places else None
+
+    plan = grouped_plan.plan(routing.experts_TA, num_experts=count, first_expert=first, places=places)
+
+    rows, tiles, end = _plan_by_hand(np.asarray(routing.experts_TA).reshape(-1) - first, count)
+    assert np.asarray(plan.rows_TA).reshape(-1).tolist() == rows
+    num_tiles = int(plan.num_tiles_1[0])
+    columns = (plan.expert_X, plan.start_X, plan.end_X, plan.size_X)
+    assert list(zip(*(np.asarray(column)[:num_tiles].tolist() for column in columns), strict=True)) == tiles
+    assert num_tiles <= len(plan.expert_X)
+    assert end <= grouped_plan.num_rows(routing.experts_TA.size, count)
+
+
+def _plan_by_hand(local_M: np.ndarray, num_experts: int):
+    rows, tiles, end = [-1] * len(local_M), [], 0
+    for expert in range(num_experts):
+        choices, start = np.flatnonzero(local_M == expert), end
+        for rank, choice in enumerate(choices):
+            rows[choice] = start + rank
+        end = start + (len(choices) + 63) // 64 * 64
+        tiles += [(expert, row, end, min(128, start + len(choices) - row)) for row in range(start, end, 128)]
+    return rows, tiles, end
+
+
+def _places_by_hand(experts_TA: np.ndarray, num_experts: int) -> Places:
+    num_blocks = (len(experts_TA) + 63) // 64
+    counts_BE, ranks_TA = np.zeros((num_blocks, num_experts), np.int32), np.zeros_like(experts_TA)
+    for token, chosen in enumerate(experts_TA):
+        ranks_TA[token] = counts_BE[token // 64, chosen]
+        counts_BE[token // 64, chosen] += 1
+    return Places(jnp.asarray(ranks_TA), jnp.asarray(counts_BE))
+
+
+@pytest.mark.parametrize(
+    ("width", "rectangle"), [(2880, (12, 240)), (4096, (16, 256)), (80, (1, 80)), (16 * 257, None)]
+)
+def test_rows_are_copied_as_rectangles_of_at_most_256(width, rectangle):
+    assert grouped_rows_sm90.box(width) == rectangle
+
+
+def test_spread_writes_each_choice_and_leaves_the_rest():
+    x_TD = jnp.arange(5 * 48, dtype=jnp.bfloat16).reshape(5, 48)
+    rows_TA = jnp.array([[3, -1], [0, 7], [-1, -1], [6, 1], [2, 5]], jnp.int32)
+    with interpret.interpreting(detect_races=True) as detector:
+        out = jax.block_until_ready(grouped_rows_sm90.spread(x_TD, rows_TA, num_rows=8, num_sms=2))
+    assert not detector.races_found
+    for token, rows in enumerate(rows_TA.tolist()):
+        for row in rows:
+            assert row < 0 or (out[row] == x_TD[token]).all()
+    assert jnp.isnan(out[4]).all()  # nobody's row: never written
+
+
+def test_combine_ignores_what_unwritten_rows_hold():
+    values_MD = jnp.array([[1.0] * 128, [0.5] * 128, [jnp.nan] * 128], jnp.float16)
+    scales_NM = jnp.array([[2.0, 4.0, jnp.nan]], jnp.float32)
+    rows_TA, weights_TA = jnp.array([[0, 1], [-1, 1], [-1, -1]], jnp.int32), jnp.array([[0.5, 0.25]] * 3, jnp.float32)
+    with interpret.interpreting():
+        out = grouped_rows_sm90.combine(values_MD, scales_NM, rows_TA, weights_TA, model_width=96, dtype=jnp.bfloat16)
+        out = jax.block_until_ready(out)
+    assert out.shape == (3, 96)
+    assert [set(row.tolist()) for row in np.asarray(out, np.float32)] == [{1.5}, {0.5}, {0.0}]
