@@ -59,23 +59,29 @@ def plan(
         ranks_TA, counts_BE = places.ranks_TA, places.counts_BE[:, first_expert : first_expert + num_experts]
     before_BE, sizes_E = _sums_before(counts_BE)
     padded_E = _round_up(sizes_E, BLOCK)
-    ends_E = jnp.cumsum(padded_E)
-    starts_E = ends_E - padded_E
+    tiles_E = (padded_E + tile_rows - 1) // tile_rows
+    starts_E, first_tiles_E = _sums_of_earlier(jnp.stack([padded_E, tiles_E]))
 
     is_local_TA = (local_TA >= 0) & (local_TA < num_experts)
     safe_TA = jnp.clip(local_TA, 0, num_experts - 1)
     block_T1 = jnp.arange(experts_TA.shape[0])[:, None] // BLOCK
     rows_TA = jnp.where(is_local_TA, (starts_E + before_BE)[block_T1, safe_TA] + ranks_TA, -1)
 
-    max_tiles = num_choices // tile_rows + min(num_experts, num_choices)
-    tiles_E = (padded_E + tile_rows - 1) // tile_rows
-    last_tiles_E = jnp.cumsum(tiles_E)
-    tile_X = jnp.arange(max_tiles, dtype=jnp.int32)
-    expert_X = (last_tiles_E[None, :] <= tile_X[:, None]).sum(axis=1, dtype=jnp.int32)
-    expert_X = jnp.minimum(expert_X, num_experts - 1)
-    start_X = starts_E[expert_X] + (tile_X - (last_tiles_E - tiles_E)[expert_X]) * tile_rows
-    size_X = jnp.clip((starts_E + sizes_E)[expert_X] - start_X, 0, tile_rows)
-    return GroupedPlan(rows_TA, expert_X, start_X, ends_E[expert_X], size_X, last_tiles_E[-1:])
+    tile_X1 = jnp.arange(num_choices // tile_rows + min(num_experts, num_choices), dtype=jnp.int32)[:, None]
+    is_of_XE = (first_tiles_E <= tile_X1) & (tile_X1 < first_tiles_E + tiles_E)
+    # What tiles know of their expert, picked by sums: one fusion, where gathers and a search would be four.
+    per_expert = (
+        jnp.arange(num_experts),
+        starts_E - first_tiles_E * tile_rows,
+        starts_E + padded_E,
+        starts_E + sizes_E,
+    )
+    expert_X, offset_X, end_X, full_X = jnp.where(is_of_XE, jnp.stack(per_expert)[:, None], 0).sum(
+        axis=2, dtype=jnp.int32
+    )
+    start_X = offset_X + tile_X1[:, 0] * tile_rows
+    size_X = jnp.clip(full_X - start_X, 0, tile_rows)
+    return GroupedPlan(rows_TA, expert_X, start_X, end_X, size_X, tiles_E.sum(dtype=jnp.int32)[None])
 
 
 def _ranks_in_blocks(local_TA, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -99,6 +105,12 @@ def _sums_before(counts_BE) -> tuple[jax.Array, jax.Array]:
     is_before_BB = jnp.tri(counts_BE.shape[0] + 1, counts_BE.shape[0], k=-1, dtype=jnp.bfloat16)
     sums_BE = jnp.dot(is_before_BB, counts_BE.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
     return sums_BE[:-1].astype(jnp.int32), sums_BE[-1].astype(jnp.int32)
+
+
+def _sums_of_earlier(values_XE) -> jax.Array:
+    """Exclusive cumulative sums, written as masked sums: one small fusion, where `cumsum` is a chain of launches."""
+    experts_E = jnp.arange(values_XE.shape[1])
+    return jnp.where(experts_E < experts_E[:, None], values_XE[:, None, :], 0).sum(axis=2, dtype=jnp.int32)
 
 
 def _round_up(value, multiple: int):
