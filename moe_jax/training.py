@@ -20,11 +20,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from moe_jax.layers.embedding import Embedding
+from moe_jax.layers.linear import linear
 from moe_jax.layers.moe import MoE
-from pallas_kernels import Routing, dispatch
+from pallas_kernels import Routing
 
-# The GPU kernels have no derivatives: training takes what a CPU would take, plain JAX, on every device.
-PLAIN_JAX = dispatch.Device(platform="cpu", kind="plain JAX")
+# Kernels have no derivatives; plain JAX has, and this implementation's need no scatter.
+DIFFERENTIABLE = "reference"
 
 Parameters = tuple[jax.Array, ...]
 
@@ -131,17 +133,18 @@ def logits(
     batch, length = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
     tables = module.rope.tables(positions_BT, jnp.full((batch,), length))
-    x_BTD = dropout(module.embedding(tokens_BT))
+    x_BTD = dropout(_embedded(module.embedding, tokens_BT))
     routings = []
-    with dispatch.compiling_for(PLAIN_JAX):
-        for layer in module.layers:
-            attended_BTD, _ = layer.attention.prefill(layer.attention_norm(x_BTD), tables, None)
-            x_BTD = x_BTD + dropout(attended_BTD)
-            fed = layer.feed_forward(layer.feed_forward_norm(x_BTD))
-            if isinstance(layer.feed_forward, MoE):
-                fed, routing = fed
-                routings.append(routing)
-            x_BTD = x_BTD + dropout(fed)
+    for layer in module.layers:
+        attended_BTD, _ = layer.attention.prefill(layer.attention_norm(x_BTD), tables, None)
+        x_BTD = x_BTD + dropout(attended_BTD)
+        normed_BTD = layer.feed_forward_norm(x_BTD)
+        if isinstance(layer.feed_forward, MoE):
+            fed_BTD, routing = layer.feed_forward(normed_BTD, implementation=DIFFERENTIABLE)
+            routings.append(routing)
+        else:
+            fed_BTD = layer.feed_forward(normed_BTD)
+        x_BTD = x_BTD + dropout(fed_BTD)
     head = module.embedding if module.head is None else module.head
     return head.logits(module.norm(x_BTD)), tuple(routings)
 
@@ -197,6 +200,13 @@ def _total_loss(graphdef, treedef):
         return lax.map(of_batch, text).sum()
 
     return run
+
+
+def _embedded(embedding: Embedding, tokens_BT: jax.Array) -> jax.Array:
+    """A product with one-hot rows: its derivative sums in float32, where a gather's adds bfloat16 rows one by one."""
+    weight_VD = embedding.weight_VD[...]
+    one_hot_BTV = jax.nn.one_hot(tokens_BT, weight_VD.shape[0], dtype=weight_VD.dtype)
+    return linear(one_hot_BTV, weight_VD.T)
 
 
 class _Dropout:

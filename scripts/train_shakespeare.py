@@ -176,7 +176,7 @@ def trained(name: str, shape: Shape, corpus: Corpus, options: Options, console: 
                 best = module
             evaluations.append(Evaluation(count, float(means.next_token), loss))
             losses = []
-            console.print(
+            console.log(
                 f"{name} step {count}: training {means.next_token:.4f}, validation {loss:.4f} nats per token, "
                 f"balance {means.balance:.3f}"
             )
@@ -221,6 +221,12 @@ def record(name: str, shape: Shape, result: Trained, corpus: Corpus, options: Op
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
         "date": datetime.date.today().isoformat(),
     }
+
+
+def append(line: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
 
 
 def inactive_parameters(shape: Shape) -> int:
@@ -268,22 +274,21 @@ def draw(results: dict[str, Trained], path: Path) -> None:
 def main(options: Options) -> None:
     if options.output.exists():
         raise SystemExit(f"expected --output to be a new directory, got {options.output}, which exists")
-    console = Console()
+    console = Console(log_path=False)
     corpus = Corpus.read(options.corpus, vocab_size=options.shape.vocab_size)
     console.print(f"{len(corpus.train_X) - 1} tokens to train on, {len(corpus.validation_X) - 1} to validate")
 
     shapes = {"mixture of experts": options.shape, "dense": options.shape.dense()}
-    results = {name: trained(name, shape, corpus, options, console) for name, shape in shapes.items()}
-
-    moe_jax.save(results["mixture of experts"].model, options.output)
-    corpus.tokenizer.save_pretrained(options.output)
+    results: dict[str, Trained] = {}
+    for name, shape in shapes.items():
+        results[name] = trained(name, shape, corpus, options, console)
+        if shape is options.shape:
+            moe_jax.save(results[name].model, options.output)
+            corpus.tokenizer.save_pretrained(options.output)
+        line = record(name, shape, results[name], corpus, options)
+        console.print(line)
+        append(line, options.results)
     draw(results, options.picture)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    with options.results.open("a") as lines:
-        for name, shape in shapes.items():
-            line = record(name, shape, results[name], corpus, options)
-            lines.write(json.dumps(line) + "\n")
-            console.print(line)
 
     model = moe_jax.load(options.output)
     out = moe_jax.generate(

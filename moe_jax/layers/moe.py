@@ -58,14 +58,16 @@ class MoE(nnx.Module):
         self.down_EDF = parameter.normal(rngs, (E, D, F), ("experts", "embed", "expert_mlp"), dtype)
         self.shared = shared
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
+    def __call__(self, x_BTD: jax.Array, *, implementation: str | None = None) -> tuple[jax.Array, Routing]:
+        """The layer's output and routing; `implementation` is that of `route` and of `experts`, None for the fastest."""
         B, T, D = x_BTD.shape
         x_TD = x_BTD.reshape(B * T, D)
         bias_E = None if self.gate_bias_E is None else self.gate_bias_E[...]
-        routing = route(x_TD, self.gate_ED[...], rule=self.rule, gate_bias_E=bias_E)
+        routing = route(x_TD, self.gate_ED[...], rule=self.rule, gate_bias_E=bias_E, implementation=implementation)
         if self.capacity is not None:
             routing = dropped_over_capacity(routing, batch=B, capacity=self.capacity)
-        y_TD = experts(x_TD, routing, self.up_EGFD[...], self.down_EDF[...], activation=self.activation)
+        weights = (self.up_EGFD[...], self.down_EDF[...])
+        y_TD = experts(x_TD, routing, *weights, activation=self.activation, implementation=implementation)
         y_BTD = y_TD.reshape(B, T, D)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
