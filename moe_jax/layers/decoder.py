@@ -108,7 +108,7 @@ class CausalLM(nnx.Module):
             layers.append(layer_cache)
             routings.append(routing)
         cache = dataclasses.replace(cache, layers=tuple(layers), positions_B=positions_B + 1)
-        return Step(self._logits(x_BTD[:, 0]), cache, _sparse(routings))
+        return Step(self._logits(x_BTD[:, 0]), cache, of_sparse_layers(routings))
 
     def logits(self, tokens_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, tuple[Routing, ...]]:
         """Logits after every token (teacher forcing), `[B, T, V]` float32, without a cache; and the routings."""
@@ -124,12 +124,13 @@ class CausalLM(nnx.Module):
             x_BTD, routing, cache = layer.prefill(x_BTD, tables, cache)
             filled.append(cache)
             routings.append(routing)
-        return x_BTD, tuple(filled), _sparse(routings)
+        return x_BTD, tuple(filled), of_sparse_layers(routings)
 
     def _logits(self, x_XD):
         x_XD = self.norm(x_XD)
         return self.embedding.logits(x_XD) if self.head is None else self.head.logits(x_XD)
 
 
-def _sparse(routings: list[Routing | None]) -> tuple[Routing, ...]:
+def of_sparse_layers(routings: list[Routing | None]) -> tuple[Routing, ...]:
+    """Dense layers have no routing."""
     return tuple(routing for routing in routings if routing is not None)

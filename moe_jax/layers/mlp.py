@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_jax.layers import parameter
 from moe_jax.layers.linear import linear
-from pallas_kernels.experts.reference import activate
+from pallas_kernels import activate
 
 
 class MLP(nnx.Module):

@@ -18,7 +18,7 @@ from moe_jax.checkpoints.rules import Copy, Rule
 from moe_jax.kv_cache import KVCache, LayerCache
 from moe_jax.layers import parameter
 from moe_jax.layers.attention import attend, causal
-from moe_jax.layers.decoder import Step, add_feed_forward
+from moe_jax.layers.decoder import Step, add_feed_forward, of_sparse_layers
 from moe_jax.layers.embedding import Embedding, Head
 from moe_jax.layers.linear import linear
 from moe_jax.layers.mlp import MLP
@@ -255,7 +255,7 @@ class SwitchTransformer(nnx.Module):
             layers.append(own)
             routings.append(routing)
         cache = dataclasses.replace(cache, layers=tuple(layers), positions_B=positions_B + 1)
-        return Step(self._logits(x_BTD[:, 0]), cache, _sparse(routings))
+        return Step(self._logits(x_BTD[:, 0]), cache, of_sparse_layers(routings))
 
     def logits(
         self, tokens_BT: jax.Array, lengths_B: jax.Array, decoder_tokens_BU: jax.Array
@@ -271,7 +271,7 @@ class SwitchTransformer(nnx.Module):
         for block, each in zip(self.decoder.blocks, cross, strict=True):
             x_BTD, routing, _ = block(x_BTD, _alone, is_visible_BTS, bias_BNTS, each, is_cross_visible_BTS)
             routings.append(routing)
-        return self._logits(x_BTD), encoder_routings + _sparse(routings)
+        return self._logits(x_BTD), encoder_routings + of_sparse_layers(routings)
 
     def _encoded(self, tokens_BT, lengths_B) -> tuple[tuple[LayerCache, ...], tuple[Routing, ...]]:
         """The encoder's result as keys and values for every decoder layer."""
@@ -285,7 +285,7 @@ class SwitchTransformer(nnx.Module):
             routings.append(routing)
         x_BTD = self.encoder.norm(x_BTD)
         cross = tuple(_alone(*block.cross.keys_values(x_BTD)) for block in self.decoder.blocks)
-        return cross, _sparse(routings)
+        return cross, of_sparse_layers(routings)
 
     def _embedded(self, stack: Stack, tokens_BT):
         return (self.shared if stack.embedding is None else stack.embedding)(tokens_BT)
@@ -305,10 +305,6 @@ def _within(lengths_B, num_queries: int, num_keys: int) -> jax.Array:
     """`[B, T, S]`: keys of the padding are not visible."""
     is_visible_BS = jnp.arange(num_keys) < lengths_B[:, None]
     return jnp.broadcast_to(is_visible_BS[:, None], (lengths_B.shape[0], num_queries, num_keys))
-
-
-def _sparse(routings: list[Routing | None]) -> tuple[Routing, ...]:
-    return tuple(routing for routing in routings if routing is not None)
 
 
 def build(config: Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> SwitchTransformer:
