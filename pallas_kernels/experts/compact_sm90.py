@@ -1,0 +1,324 @@
+"""The expert layer for tens to hundreds of tokens on Hopper: an expert's few tokens against its weights, read once.
+
+Choices are sorted by expert as in `grouped`. There tokens are `wgmma`'s A operand, 64 rows at least; here the weights are,
+and an expert's tokens are N: 8, 16, 32, 64 or 128 columns, as many as it has. So memory streams weights and little else.
+Each launch is persistent, and the second starts to load weights while the first still runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dispatch, tuning
+from pallas_kernels.experts import grouped_plan, grouped_rows_sm90
+from pallas_kernels.experts.decode_sm90 import shape_key
+from pallas_kernels.experts.grouped_matmul_sm90 import activate
+from pallas_kernels.experts.streaming_sm90 import (
+    COMPILER,
+    ROWS,
+    add_to_rows,
+    fill_ring,
+    let_next_launch_start,
+    on_producer_warp,
+    store_transposed,
+    wait_for_previous_launch,
+)
+from pallas_kernels.route.api import Routing
+
+NAME = "compact"
+TOKEN_TILES = (8, 16, 32, 64, 128)
+MOST_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """depth: columns of a weight tile, a step of the sum. stages: of the ring. warpgroups: that multiply, 64 rows each."""
+
+    depth: int
+    stages: int
+    warpgroups: int
+
+
+def experts(
+    x_TD,
+    routing: Routing,
+    up_EGFD,
+    down_EDF,
+    *,
+    activation,
+    up_bias_EGF=None,
+    down_bias_ED=None,
+    first_expert=0,
+    settings: dict[str, Any] | None = None,
+):
+    device = dispatch.current_device()
+    if settings is None:
+        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0])
+    if settings is None:
+        settings = default_settings(x_TD, routing, up_EGFD, num_sms=device.num_sms)
+    return _experts(
+        x_TD,
+        routing,
+        up_EGFD,
+        down_EDF,
+        up_bias_EGF,
+        down_bias_ED,
+        activation=activation,
+        first_expert=first_expert,
+        up_tile=Tile(settings["up_depth"], settings["up_stages"], settings["up_warpgroups"]),
+        down_tile=Tile(settings["down_depth"], settings["down_stages"], settings["down_warpgroups"]),
+        num_sms=device.num_sms,
+        is_interpreted=device.is_interpreted,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("activation", "first_expert", "up_tile", "down_tile", "num_sms", "is_interpreted"),
+)
+def _experts(
+    x_TD,
+    routing: Routing,
+    up_EGFD,
+    down_EDF,
+    up_bias_EGF,
+    down_bias_ED,
+    *,
+    activation,
+    first_expert,
+    up_tile,
+    down_tile,
+    num_sms,
+    is_interpreted,
+):
+    num_experts = up_EGFD.shape[0]
+    most = next((tokens for tokens in TOKEN_TILES if tokens >= len(x_TD)), TOKEN_TILES[-1])
+    plan = grouped_plan.plan(
+        routing.experts_TA,
+        num_experts=num_experts,
+        first_expert=first_expert,
+        tile_rows=max(most, ROWS),
+        places=routing.places,
+    )
+    num_rows = grouped_plan.num_rows(routing.experts_TA.size, num_experts)
+    rows_MD = grouped_rows_sm90.spread(x_TD, plan.rows_TA, num_rows=num_rows, num_sms=num_sms)
+    multiply = functools.partial(_matmul, plan=plan, most_tokens=most, num_sms=num_sms, is_interpreted=is_interpreted)
+    hidden_MF = multiply(
+        rows_MD,
+        up_EGFD,
+        up_bias_EGF,
+        finish=lambda parts: activate(parts, activation),
+        dtype=x_TD.dtype,
+        tile=up_tile,
+        is_second=False,
+    )
+    out_MD = multiply(
+        hidden_MF,
+        down_EDF[:, None],
+        None if down_bias_ED is None else down_bias_ED[:, None],
+        finish=lambda parts: parts[0],
+        dtype=jnp.dtype("float32"),
+        tile=down_tile,
+        is_second=True,
+    )
+    return _combine(out_MD, plan.rows_TA, routing.weights_TA).astype(x_TD.dtype)
+
+
+def _combine(out_MD, rows_TA, weights_TA):
+    """`[T, D]`: the weighted sum of each token's rows; a row of -1 adds nothing."""
+    weighted_TAD = weights_TA[:, :, None] * out_MD[jnp.maximum(rows_TA, 0)]
+    return jnp.where((rows_TA >= 0)[:, :, None], weighted_TAD, 0.0).sum(axis=1)
+
+
+def _matmul(
+    rows_MI,
+    weights_EGOI,
+    bias_EGO,
+    *,
+    plan,
+    finish,
+    dtype,
+    tile: Tile,
+    most_tokens: int,
+    num_sms: int,
+    is_interpreted: bool,
+    is_second: bool,
+):
+    """`[M, O]`: `finish` of the products of each gate, `[64, tokens]` each, for the rows of every expert."""
+    _, gates, width, inner = weights_EGOI.shape
+    rows, stages = ROWS * tile.warpgroups, tile.stages
+    token_tiles = [tokens for tokens in TOKEN_TILES if tokens <= most_tokens]
+    steps = pl.cdiv(inner, tile.depth)  # of one item: a tile of tokens and a tile of weights
+    weight_tiles = pl.cdiv(width, rows)
+
+    def kernel(rows_gmem, expert_gmem, start_gmem, size_gmem, num_tiles_gmem, weights_gmem, *rest, **scratch):
+        *bias_gmem, out_gmem = rest
+        rows_smem, weights_smem, out_smem = scratch["rows_smem"], scratch["weights_smem"], scratch["out_smem"]
+        full, empty = scratch["full"], scratch["empty"]
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        if not is_second:
+            wait_for_previous_launch(is_interpreted)
+            let_next_launch_start(is_interpreted)
+        num_items = num_tiles_gmem[0] * weight_tiles
+        my_items = pl.cdiv(lax.max(num_items - block, 0), num_sms)
+
+        def item_of(i):
+            item = block + i * num_sms
+            return item // weight_tiles, lax.rem(item, weight_tiles) * rows
+
+        def with_token_tile(size, do) -> None:
+            """`do` with the smallest tile that holds `size` tokens."""
+            for lower, tokens in zip((0, *token_tiles), token_tiles, strict=False):
+                pl.when((size > lower) & (size <= tokens))(functools.partial(do, tokens))
+
+        def stream():
+            def place_of(j):
+                tile_index, row = item_of(j // steps)
+                return tile_index, row, pl.ds(lax.rem(j, steps) * tile.depth, tile.depth), lax.rem(j, stages)
+
+            def load_weights(j):
+                tile_index, row, columns, slot = place_of(j)
+                expert = expert_gmem[tile_index]
+                for part in range(tile.warpgroups):
+                    for gate in range(gates):
+                        weights = weights_gmem.at[expert, gate, pl.ds(row + part * ROWS, ROWS), columns]
+                        plgpu.copy_gmem_to_smem(weights, weights_smem.at[slot, part, gate], full.at[slot])
+
+            def load_rows(j):
+                tile_index, _, columns, slot = place_of(j)
+
+                def load(tokens):
+                    window = rows_gmem.at[pl.ds(start_gmem[tile_index] // ROWS * ROWS, tokens), columns]
+                    plgpu.copy_gmem_to_smem(window, rows_smem.at[slot, pl.ds(0, tokens)], full.at[slot])
+
+                with_token_tile(size_gmem[tile_index], load)
+
+            def load_both(j):
+                load_weights(j)
+                load_rows(j)
+
+            ahead = 0
+            if is_second:
+                ahead = lax.min(my_items * steps, stages)
+                pl.loop(0, ahead)(load_weights)
+                wait_for_previous_launch(is_interpreted)
+                pl.loop(0, ahead)(load_rows)
+            fill_ring(my_items * steps, stages, empty, load_both, start=ahead)
+
+        on_producer_warp(stream, warpgroup=tile.warpgroups)
+
+        def compute_item(i):
+            tile_index, row = item_of(i)
+            if bias_gmem:
+                window = bias_gmem[0].at[expert_gmem[tile_index], :, pl.ds(row + warpgroup * ROWS, ROWS)]
+                plgpu.copy_gmem_to_smem(window, scratch["bias_smem"].at[warpgroup], scratch["bias_full"].at[warpgroup])
+
+            def compute(tokens):
+                def multiply(*accumulators):
+                    @pl.loop(0, steps)
+                    def step(k):
+                        slot = lax.rem(i * steps + k, stages)
+                        plgpu.barrier_wait(full.at[slot])
+                        tokens_smem = rows_smem.at[slot, pl.ds(0, tokens)].T
+                        for gate, acc in enumerate(accumulators):
+                            plgpu.wgmma(acc, weights_smem.at[slot, warpgroup, gate], tokens_smem)
+                        plgpu.wgmma_wait(0)
+                        plgpu.barrier_arrive(empty.at[slot])
+
+                    return [acc[...] for acc in accumulators]
+
+                parts = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, tokens))] * gates)
+                if bias_gmem:
+                    plgpu.barrier_wait(scratch["bias_full"].at[warpgroup])
+                    parts = [
+                        add_to_rows(part, scratch["bias_smem"].at[warpgroup, gate]) for gate, part in enumerate(parts)
+                    ]
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                mine_smem = out_smem.at[warpgroup, pl.ds(0, tokens)]
+                store_transposed(finish(parts).astype(dtype), mine_smem)
+                plgpu.commit_smem()
+                columns = pl.ds(row + warpgroup * ROWS, ROWS)
+                plgpu.copy_smem_to_gmem(
+                    mine_smem, out_gmem.at[pl.ds(start_gmem[tile_index] // ROWS * ROWS, tokens), columns]
+                )
+
+            with_token_tile(size_gmem[tile_index], compute)
+
+        @pl.when(warpgroup < tile.warpgroups)
+        def compute_all():
+            pl.loop(0, my_items)(compute_item)
+            plgpu.wait_smem_to_gmem(0)
+
+    scratch = dict(
+        rows_smem=plgpu.SMEM((stages, most_tokens, tile.depth), rows_MI.dtype),
+        weights_smem=plgpu.SMEM((stages, tile.warpgroups, gates, ROWS, tile.depth), weights_EGOI.dtype),
+        out_smem=plgpu.SMEM((tile.warpgroups, most_tokens, ROWS), dtype),
+        full=plgpu.Barrier(num_arrivals=tile.warpgroups * gates + 1, num_barriers=stages),
+        empty=plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=stages),
+    )
+    operands = [rows_MI, plan.expert_X, plan.start_X, plan.size_X, plan.num_tiles_1, weights_EGOI]
+    if bias_EGO is not None:
+        operands.append(bias_EGO)
+        scratch |= dict(
+            bias_smem=plgpu.SMEM((tile.warpgroups, gates, ROWS), bias_EGO.dtype),
+            bias_full=plgpu.Barrier(num_barriers=tile.warpgroups),
+        )
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((rows_MI.shape[0], width), dtype),
+        grid=(num_sms,),
+        grid_names=("block",),
+        num_threads=tile.warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name="experts_compact_down" if is_second else "experts_compact_up",
+        scratch_types=scratch,
+        compiler_params=COMPILER,
+    )(*operands)
+
+
+def default_settings(x_TD, routing: Routing, up_EGFD, *, num_sms: int) -> dict[str, int]:
+    """Rings of about 100 KiB for each launch, so that both fit on a multiprocessor together."""
+    gates, tokens = up_EGFD.shape[1], min(x_TD.shape[0], TOKEN_TILES[-1])
+    depth = 64
+    return dict(
+        up_depth=depth,
+        up_stages=(88 << 10) // (2 * depth * (gates * ROWS + tokens)),
+        up_warpgroups=1,
+        down_depth=depth,
+        down_stages=(72 << 10) // (2 * depth * (ROWS + tokens)),
+        down_warpgroups=1,
+    )
+
+
+def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> list[dict[str, int]]:
+    """Settings worth trying, the default first."""
+    default = default_settings(x_TD, routing, up_EGFD, num_sms=dispatch.current_device().num_sms)
+    return [default, default | dict(up_warpgroups=2, down_warpgroups=2)]
+
+
+def _supports(device: dispatch.Device, x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> str | None:
+    if not device.is_hopper:
+        return f"it needs a Hopper GPU, and this is {device.kind}"
+    dtypes = dict(x_TD=x_TD.dtype, up_EGFD=up_EGFD.dtype, down_EDF=down_EDF.dtype)
+    for name, dtype in dtypes.items():
+        if dtype != jnp.bfloat16:
+            return f"it multiplies bfloat16, and {name} is {dtype}"
+    width, model_width = up_EGFD.shape[2:]
+    if model_width % 16 or width % 16:
+        return f"it needs widths that are multiples of 16, and these are D={model_width}, F={width}"
+    if grouped_rows_sm90.box(model_width) is None:
+        return f"it copies rows as rectangles of at most 256 x 256, and D={model_width} is none"
+    if x_TD.shape[0] > MOST_TOKENS:
+        return f"it takes at most {MOST_TOKENS} tokens, got {x_TD.shape[0]}"
+    return None
+
+
+IMPLEMENTATION = dispatch.Implementation(NAME, supports=_supports, run=experts)
