@@ -24,7 +24,6 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 import moe_jax
 from moe_jax import training
@@ -93,7 +92,7 @@ class Corpus:
     train_X: np.ndarray
     validation_X: np.ndarray
     validation_characters: int
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: Tokenizer
 
     @classmethod
     def read(cls, path: Path, *, vocab_size: int) -> Corpus:
@@ -103,7 +102,7 @@ class Corpus:
         tokenizer = trained_tokenizer(train, vocab_size=vocab_size)
 
         def tokens(text: str) -> np.ndarray:
-            return np.array([tokenizer.eos_token_id, *tokenizer.encode(text)], np.int32)
+            return np.array([tokenizer.token_to_id(END_OF_TEXT), *tokenizer.encode(text).ids], np.int32)
 
         return cls(tokens(train), tokens(validation), len(validation), tokenizer)
 
@@ -130,7 +129,7 @@ class Trained:
         return min(self.evaluations, key=lambda each: each.validation)
 
 
-def trained_tokenizer(text: str, *, vocab_size: int) -> PreTrainedTokenizerFast:
+def trained_tokenizer(text: str, *, vocab_size: int) -> Tokenizer:
     """A byte-level BPE tokenizer: any text has tokens, and decoding gives it back exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -142,19 +141,27 @@ def trained_tokenizer(text: str, *, vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, *, context: int) -> None:
+    """Beside a model, as transformers' AutoTokenizer reads it."""
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def trained(name: str, shape: Shape, corpus: Corpus, options: Options, console: Console) -> Trained:
     """Trains one model, printing its losses as it goes."""
     recipe = options.recipe
-    hf_config = shape.hf_config(context=recipe.length, end_of_text=corpus.tokenizer.eos_token_id)
+    hf_config = shape.hf_config(context=recipe.length, end_of_text=corpus.tokenizer.token_to_id(END_OF_TEXT))
     model = random_model(hf_config, seed=options.seed)
     step, state = training.trainer(model.module, recipe, seed=options.seed)
     text_X = jnp.asarray(corpus.train_X)
@@ -284,7 +291,7 @@ def main(options: Options) -> None:
         results[name] = trained(name, shape, corpus, options, console)
         if shape is options.shape:
             moe_jax.save(results[name].model, options.output)
-            corpus.tokenizer.save_pretrained(options.output)
+            save_tokenizer(corpus.tokenizer, options.output, context=options.recipe.length)
         line = record(name, shape, results[name], corpus, options)
         console.print(line)
         append(line, options.results)
