@@ -2,9 +2,10 @@
 transposed.
 
 One persistent launch. A producer warp streams tiles of rows and weights through a ring in shared memory that never
-drains between work items; two warpgroups multiply 64 rows each, and the second only keeps step where a tile has 64
-rows or fewer. Two epilogues: `grouped_up` applies the expert's activation, `grouped_down` stores rows in float16
-beside a scale.
+drains between work items; two or three warpgroups multiply 64 rows each, and only keep step where a tile has fewer.
+Tall tiles matter: weights come from the L2 cache once for each tile, at 47 bytes per clock and SM with 128 rows,
+which is about what it gives, and 36 with 192. Two epilogues: `grouped_up` applies the expert's activation,
+`grouped_down` stores rows in float16 beside a scale.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from pallas_kernels.experts.reference import CLAMP, SIGMOID_SLOPE
 
 ROWS = 64  # of one warpgroup
 SWIZZLED = 64  # elements of 2 bytes in the widest swizzle
-WARPGROUPS = 2  # that multiply
-TILE_ROWS = ROWS * WARPGROUPS
 SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
 
 
@@ -34,13 +33,27 @@ SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
 class Tile:
     """How the work is cut.
 
-    columns: of the output, per gate. stages: of the ring. band: tiles of rows that are multiplied
+    warpgroups: that multiply, 64 rows each. columns: of the output, per gate. band: tiles of rows that are multiplied
     by the same columns one after another, so that weights come from memory once and then from the L2 cache.
     """
 
+    warpgroups: int
     columns: int
-    stages: int = 4
     band: int = 8
+
+    @property
+    def rows(self) -> int:
+        return self.warpgroups * ROWS
+
+    @property
+    def stages(self) -> int:
+        """Of the ring: as many as fit."""
+        return {2: 4, 3: 3}[self.warpgroups]
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that loads and of one that multiplies."""
+        return {2: (40, 232), 3: (32, 160)}[self.warpgroups]
 
 
 def grouped_up(
@@ -156,7 +169,7 @@ def _grouped_matmul(
     sources = [(0, 0), (1, 0)] if gates == 2 else [(0, 0), (0, half)]  # (gate, first column) of each half
     has_bias = bias_EGO is not None
     if has_bias:  # read by registers, which unlike TMA do not stop at the end of an array
-        bias_EGO = jnp.pad(bias_EGO.astype(jnp.float32), ((0, 0), (0, 0), (0, column_tiles * tile.columns - width)))
+        bias_EGO = jnp.pad(bias_EGO, ((0, 0), (0, 0), (0, column_tiles * tile.columns - width)))
 
     def kernel(rows_gmem, weights_gmem, expert_gmem, start_gmem, end_gmem, num_tiles_gmem, *refs, **scratch):
         bias_gmem, outs_gmem = (refs[0], refs[1:]) if has_bias else (None, refs)
@@ -187,6 +200,7 @@ def _grouped_matmul(
             def _item(i):
                 row_tile, column_tile = place(i)
                 expert, start = expert_gmem[row_tile], first_row(row_tile)
+                blocks = lax.div(end_gmem[row_tile] - start, ROWS)
 
                 @pl.loop(0, steps)
                 def _step(k):
@@ -198,9 +212,16 @@ def _grouped_matmul(
                         plgpu.barrier_wait(empty.at[slot])
 
                     inner = pl.ds(k * step_depth, step_depth)
-                    plgpu.copy_gmem_to_smem(
-                        rows_gmem.at[pl.ds(start, TILE_ROWS), inner], rows_smem.at[slot], full.at[slot]
-                    )
+                    for count in range(1, tile.warpgroups + 1):
+
+                        @pl.when(blocks == count)
+                        def _(height=count * ROWS):
+                            plgpu.copy_gmem_to_smem(
+                                rows_gmem.at[pl.ds(start, height), inner],
+                                rows_smem.at[slot, pl.ds(0, height)],
+                                full.at[slot],
+                            )
+
                     for index, (gate, first) in enumerate(sources):
                         plgpu.copy_gmem_to_smem(
                             weights_gmem.at[expert, gate, pl.ds(column_tile * tile.columns + first, half), inner],
@@ -249,13 +270,13 @@ def _grouped_matmul(
 
                 @pl.when(has_rows)
                 def _():
+                    biases = [
+                        bias_gmem.at[expert, gate, pl.ds(column_tile * tile.columns + first, half)]
+                        for gate, first in (sources if has_bias else [])
+                    ]
                     parts = pl.run_scoped(lambda *accs: multiply(i, accs), *[plgpu.ACC((ROWS, half))] * 2)
                     if has_bias:
-                        parts = [
-                            part
-                            + _across_rows(bias_gmem.at[expert, gate, pl.ds(column_tile * tile.columns + first, half)])
-                            for part, (gate, first) in zip(parts, sources, strict=True)
-                        ]
+                        parts = [part + _across_rows(bias) for part, bias in zip(parts, biases, strict=True)]
                     blocks, *scales = finish(parts)
                     store(blocks, row, column_tile)
                     for scale, scales_gmem in zip(scales, outs_gmem[1:], strict=True):
@@ -271,22 +292,24 @@ def _grouped_matmul(
 
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(warpgroup == WARPGROUPS)
+        loading, multiplying = tile.registers
+
+        @pl.when(warpgroup == tile.warpgroups)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(loading, action="decrease")
 
             @plgpu.warp_map
             def _warp(warp):
                 pl.when(warp == 0)(produce)
 
-        @pl.when(warpgroup < WARPGROUPS)
+        @pl.when(warpgroup < tile.warpgroups)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(multiplying, action="increase")
             consume()
 
     def _across_rows(bias_gmem):
         bias = plgpu.load(bias_gmem, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        return lax.broadcast_in_dim(bias, (ROWS, half), (1,))
+        return lax.broadcast_in_dim(bias.astype(jnp.float32), (ROWS, half), (1,))
 
     dtype = rows_MI.dtype
     return plgpu.kernel(
@@ -294,15 +317,15 @@ def _grouped_matmul(
         out_type=out_types,
         grid=(num_sms,),
         grid_names=("sm",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=tile.warpgroups + 1,
         thread_name="warpgroup",
         kernel_name=name,
         scratch_types=dict(
-            rows_smem=plgpu.SMEM((tile.stages, TILE_ROWS, step_depth), dtype),
+            rows_smem=plgpu.SMEM((tile.stages, tile.rows, step_depth), dtype),
             weights_smem=plgpu.SMEM((tile.stages, 2, half, step_depth), dtype),
-            out_smem=plgpu.SMEM((WARPGROUPS, ROWS, half), out_types[0].dtype),
+            out_smem=plgpu.SMEM((tile.warpgroups, ROWS, half), out_types[0].dtype),
             full=plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
-            empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.stages),
+            empty=plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(

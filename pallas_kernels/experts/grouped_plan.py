@@ -25,7 +25,7 @@ class GroupedPlan:
     """Rows and tiles. `X` is the largest number of tiles there can be, of which the first `num_tiles_1[0]` exist.
 
     rows_TA: the row of each choice, or -1 where its expert is not local.
-    expert_X, start_X, end_X: a tile's local expert, its first row, and the end of its rows, a multiple of 64.
+    expert_X, start_X, end_X: a tile's local expert, its first row and the end of its rows, both multiples of 64.
     size_X: how many of its rows belong to tokens.
     """
 
@@ -70,18 +70,20 @@ def plan(
     tile_X1 = jnp.arange(num_choices // tile_rows + min(num_experts, num_choices), dtype=jnp.int32)[:, None]
     is_of_XE = (first_tiles_E <= tile_X1) & (tile_X1 < first_tiles_E + tiles_E)
     # What tiles know of their expert, picked by sums: one fusion, where gathers and a search would be four.
-    per_expert = (
-        jnp.arange(num_experts),
-        starts_E - first_tiles_E * tile_rows,
-        starts_E + padded_E,
-        starts_E + sizes_E,
+    per_expert = (jnp.arange(num_experts), starts_E, sizes_E, first_tiles_E, tiles_E)
+    picked = jnp.where(is_of_XE, jnp.stack(per_expert)[:, None], 0).sum(axis=2, dtype=jnp.int32)
+    expert_X, first_row_X, size_X, first_tile_X, tiles_X = picked
+    index_X = tile_X1[:, 0] - first_tile_X  # among the tiles of its expert, which share its blocks evenly
+    blocks_X, tiles_X = (size_X + BLOCK - 1) // BLOCK, jnp.maximum(tiles_X, 1)
+    start_X, end_X = (index * blocks_X // tiles_X * BLOCK for index in (index_X, index_X + 1))
+    return GroupedPlan(
+        rows_TA,
+        expert_X,
+        first_row_X + start_X,
+        first_row_X + end_X,
+        jnp.minimum(size_X, end_X) - start_X,
+        tiles_E.sum(dtype=jnp.int32)[None],
     )
-    expert_X, offset_X, end_X, full_X = jnp.where(is_of_XE, jnp.stack(per_expert)[:, None], 0).sum(
-        axis=2, dtype=jnp.int32
-    )
-    start_X = offset_X + tile_X1[:, 0] * tile_rows
-    size_X = jnp.clip(full_X - start_X, 0, tile_rows)
-    return GroupedPlan(rows_TA, expert_X, start_X, end_X, size_X, tiles_E.sum(dtype=jnp.int32)[None])
 
 
 def _ranks_in_blocks(local_TA, num_experts: int) -> tuple[jax.Array, jax.Array]:

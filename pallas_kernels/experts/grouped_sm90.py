@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Device, Implementation
 from pallas_kernels.experts import grouped_plan, grouped_rows_sm90
-from pallas_kernels.experts.grouped_matmul_sm90 import TILE_ROWS, Tile, grouped_down, grouped_up
+from pallas_kernels.experts.grouped_matmul_sm90 import Tile, grouped_down, grouped_up
 from pallas_kernels.route.api import Routing
 
-NAME = "grouped_sm90"
+NAME = "grouped"
+UP_COLUMNS = 256  # of both gates together
+DOWN_COLUMNS = 256
 
 
 def experts(
@@ -40,7 +42,7 @@ def experts(
             f"experts.{NAME}", f"E{num_experts} A{active} F{width} D{model_width}{suffix}", num_tokens
         )
     if settings is None:
-        settings = default_settings()
+        settings = default_settings(has_down_bias=down_bias_ED is not None)
     return _experts(
         x_TD,
         routing,
@@ -55,15 +57,16 @@ def experts(
     )
 
 
-def default_settings() -> dict[str, int]:
-    """Columns per gate, ring stages and bands of the two multiplications."""
-    return dict(up_columns=128, up_stages=4, up_band=8, down_columns=256, down_stages=4, down_band=8)
+def default_settings(*, has_down_bias: bool) -> dict[str, int]:
+    # A bias on 192 rows x 256 columns would need more registers than there are.
+    return dict(warpgroups=2 if has_down_bias else 3, up_band=8, down_band=8)
 
 
-def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> list[dict[str, int]]:
+def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, *, down_bias_ED=None, **arguments) -> list[dict[str, int]]:
     """Settings worth trying, the default first."""
-    default = default_settings()
-    return [default, *(default | dict(up_band=band, down_band=band) for band in (1, 4, 16))]
+    default = default_settings(has_down_bias=down_bias_ED is not None)
+    bands = [default | dict(up_band=band, down_band=band) for band in (2, 4, 16)]
+    return [default, *bands, default | dict(warpgroups=2)]
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "first_expert", "settings", "num_sms"))
@@ -82,13 +85,13 @@ def _experts(
 ):
     num_experts, gates, _, model_width = up_EGFD.shape
     chosen = dict(settings)
-    up_tile = Tile(chosen["up_columns"] * (2 // gates), stages=chosen["up_stages"], band=chosen["up_band"])
-    down_tile = Tile(chosen["down_columns"], stages=chosen["down_stages"], band=chosen["down_band"])
+    up_tile = Tile(chosen["warpgroups"], UP_COLUMNS // gates, chosen["up_band"])
+    down_tile = Tile(chosen["warpgroups"], DOWN_COLUMNS, chosen["down_band"])
     plan = grouped_plan.plan(
         routing.experts_TA,
         num_experts=num_experts,
         first_expert=first_expert,
-        tile_rows=TILE_ROWS,
+        tile_rows=up_tile.rows,
         places=routing.places,
     )
     num_rows = grouped_plan.num_rows(routing.experts_TA.size, num_experts)

@@ -12,19 +12,22 @@ from pallas_kernels.experts import cases, grouped_plan, grouped_rows_sm90
 from pallas_kernels.route.api import Places
 
 MANY = cases.Case("many_blocks", 300, cases.Layer(12, 3, 64, 128), local=(2, 9))
-PLANNED = [case for case in cases.AWKWARD if case.dtype == "bfloat16"] + [MANY]
+TALL = cases.Case("several_tiles_each", 900, cases.Layer(4, 2, 64, 128))
+PLANNED = [case for case in cases.AWKWARD if case.dtype == "bfloat16"] + [MANY, TALL]
 
 
-@pytest.mark.parametrize("has_places", [False, True])
+@pytest.mark.parametrize(("has_places", "tile_rows"), [(False, 128), (True, 192)])
 @pytest.mark.parametrize("case", PLANNED, ids=lambda case: case.name)
-def test_plan_counts_as_by_hand(case, has_places):
+def test_plan_counts_as_by_hand(case, has_places, tile_rows):
     routing = cases.routing(jax.random.key(0), case.tokens, case.layer, chosen=case.chosen)
     first, count = case.local or (0, case.layer.num_experts)
     places = _places_by_hand(np.asarray(routing.experts_TA), case.layer.num_experts) if has_places else None
 
-    plan = grouped_plan.plan(routing.experts_TA, num_experts=count, first_expert=first, places=places)
+    plan = grouped_plan.plan(
+        routing.experts_TA, num_experts=count, first_expert=first, tile_rows=tile_rows, places=places
+    )
 
-    rows, tiles, end = _plan_by_hand(np.asarray(routing.experts_TA).reshape(-1) - first, count)
+    rows, tiles, end = _plan_by_hand(np.asarray(routing.experts_TA).reshape(-1) - first, count, tile_rows)
     assert np.asarray(plan.rows_TA).reshape(-1).tolist() == rows
     num_tiles = int(plan.num_tiles_1[0])
     columns = (plan.expert_X, plan.start_X, plan.end_X, plan.size_X)
@@ -33,14 +36,18 @@ def test_plan_counts_as_by_hand(case, has_places):
     assert end <= grouped_plan.num_rows(routing.experts_TA.size, count)
 
 
-def _plan_by_hand(local_M: np.ndarray, num_experts: int):
+def _plan_by_hand(local_M: np.ndarray, num_experts: int, tile_rows: int):
     rows, tiles, end = [-1] * len(local_M), [], 0
     for expert in range(num_experts):
         choices, start = np.flatnonzero(local_M == expert), end
         for rank, choice in enumerate(choices):
             rows[choice] = start + rank
-        end = start + (len(choices) + 63) // 64 * 64
-        tiles += [(expert, row, end, min(128, start + len(choices) - row)) for row in range(start, end, 128)]
+        blocks = (len(choices) + 63) // 64
+        end = start + blocks * 64
+        num_tiles = (blocks * 64 + tile_rows - 1) // tile_rows
+        for tile in range(num_tiles):
+            first, last = (start + index * blocks // num_tiles * 64 for index in (tile, tile + 1))
+            tiles.append((expert, first, last, min(last, start + len(choices)) - first))
     return rows, tiles, end
 
 
