@@ -137,13 +137,15 @@ def _read_kernel(ptxas: pathlib.Path) -> Kernel:
     text = ptxas.read_text()
     registers = max(int(count) for count in re.findall(r"Used (\d+) registers", text))
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    lowered = ptxas.with_name(ptxas.stem + ".after_layout_inference.txt").read_text()
-    shared = re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", lowered)
+    # Kernels with lane semantics skip layout inference: for them the log of all passes, which is large, has to do.
+    dumps = [ptxas.with_name(ptxas.stem + suffix) for suffix in (".after_layout_inference.txt", ".mlir-passes.log")]
+    lowered = next(dump for dump in dumps if dump.exists()).read_text()
+    shared = re.search(r"dynamic_shared_memory_size %c(\d+)_i32", lowered)
     return Kernel(
         name=re.sub(r"_\d+$", "", ptxas.stem),
         registers=registers,
         spill_bytes=sum(int(stores) + int(loads) for stores, loads in spills),
-        shared_memory_bytes=max(map(int, shared), default=0),
+        shared_memory_bytes=int(shared.group(1)) if shared else 0,
     )
 
 
@@ -152,7 +154,7 @@ _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "call", "while", "conditional", "partition-id",
     "replica-id", "after-all", "copy-done", "async-done", "opt-barrier",
 }  # fmt: skip
-_INSTRUCTION = re.compile(r"^  (?:ROOT )?%(\S+) = (\([^=]*?\)|\S+) ([a-z][a-z0-9-]*)\(")
+_INSTRUCTION = re.compile(r"^  (?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
 _MOSAIC_NAME = re.compile(r'custom_call_target="mosaic_gpu.*op_name="[^"]*?([^/"]+)/\w+"')
 _FUSED = re.compile(r"(?:kind=k\w+, calls|to_apply)=%([\w.-]+)")
