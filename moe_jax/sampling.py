@@ -68,12 +68,12 @@ class Filters:
 class SamplingArrays:
     """The `Sampling`s of a batch, on the device."""
 
-    temperature_B: Float[Array, "B"]
-    top_k_B: Int[Array, "B"]
-    top_p_B: Float[Array, "B"]
-    min_p_B: Float[Array, "B"]
-    repetition_penalty_B: Float[Array, "B"]
-    seed_B: Int[Array, "B"]
+    temperature_B: Float[Array | np.ndarray, "B"]
+    top_k_B: Int[Array | np.ndarray, "B"]
+    top_p_B: Float[Array | np.ndarray, "B"]
+    min_p_B: Float[Array | np.ndarray, "B"]
+    repetition_penalty_B: Float[Array | np.ndarray, "B"]
+    seed_B: Int[Array | np.ndarray, "B"]
 
 
 def batched(samplings: Sequence[Sampling], vocab_size: int) -> tuple[Filters, SamplingArrays]:

@@ -20,6 +20,9 @@ def random_model(hf_config: dict[str, Any], *, dtype: str = "float32", seed: int
     family = models.family_of(hf_config)
     config = family.Config.from_hf(hf_config)
     module = family.build(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))
+    for _, parameter in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        if parameter.ndim > 1:
+            parameter.set_value(parameter[...] * (scale / INITIAL_SCALE))
     return Model(
         module, config, hf_config, stop_token_ids=config.eos_token_id, name=f"random {hf_config['model_type']}"
     )

@@ -8,14 +8,21 @@ from flax import nnx
 
 from moe_jax.layers import parameter
 from moe_jax.layers.linear import linear
-from pallas_kernels import activate
+from pallas_kernels import Activation, activate
 
 
 class MLP(nnx.Module):
     """`down @ (act(gate @ x) * (up @ x))`, or `down @ act(up @ x)` without a gate. G is 2 or 1, as in `experts`."""
 
     def __init__(
-        self, width: int, hidden_width: int, *, activation: str, is_gated: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        hidden_width: int,
+        *,
+        activation: Activation,
+        is_gated: bool = True,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         self.activation = activation
         gates = 2 if is_gated else 1

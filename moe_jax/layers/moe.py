@@ -11,7 +11,7 @@ from flax import nnx
 from moe_jax.layers import parameter
 from moe_jax.layers.linear import linear
 from moe_jax.layers.mlp import MLP
-from pallas_kernels import Routing, RoutingRule, experts, route
+from pallas_kernels import Activation, Routing, RoutingRule, experts, route
 
 DROPPED = -1
 
@@ -19,7 +19,7 @@ DROPPED = -1
 class SharedExpert(nnx.Module):
     """An MLP for every token, weighted by a sigmoid gate of its own (Qwen2-MoE)."""
 
-    def __init__(self, width: int, hidden_width: int, *, activation: str, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, width: int, hidden_width: int, *, activation: Activation, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.mlp = MLP(width, hidden_width, activation=activation, dtype=dtype, rngs=rngs)
         self.gate_1D = parameter.normal(rngs, (1, width), (None, "embed"), dtype)
 
@@ -42,7 +42,7 @@ class MoE(nnx.Module):
         num_experts: int,
         *,
         rule: RoutingRule,
-        activation: str,
+        activation: Activation,
         is_gated: bool = True,
         has_gate_bias: bool = False,
         capacity: int | None = None,

@@ -1,6 +1,6 @@
 """Rotary position embeddings (arXiv:2104.09864) and the ways they are stretched to longer contexts.
 
-The rules and their defaults are those of Hugging Face's `modeling_rope_utils.py`. The odd ones out are `dynamic` and `longrope`:
+The rules and defaults are those of Hugging Face's `modeling_rope_utils.py`. The odd ones are `dynamic` and `longrope`:
 their frequencies depend on how long the request is at the moment, so keys cached early keep the frequencies of when they were
 written.
 """
@@ -90,8 +90,9 @@ class Rope:
         unknown = sorted(set(given) - set(_KEYS[rope_type]))
         missing = sorted(key for key in _REQUIRED[rope_type] if given.get(key) is None)
         if unknown or missing:
+            expected = ", ".join(_KEYS[rope_type]) or "none"
             raise ValueError(
-                f"rope type {rope_type!r}: unknown keys {unknown}, missing keys {missing}; expected keys: {', '.join(_KEYS[rope_type]) or 'none'}"
+                f"rope type {rope_type!r}: unknown keys {unknown}, missing keys {missing}; expected keys: {expected}"
             )
         given.update({key: tuple(given[key]) for key in ("short_factor", "long_factor") if key in given})
         if rope_type in ("yarn", "longrope", "llama3") and given.get("original_max_position_embeddings") is None:
@@ -110,7 +111,7 @@ class Rope:
         return None if self.rope_type == "dynamic" else self.max_position_embeddings
 
     def tables(self, positions_BT: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """cos and sin, each `[B, T, H/2]` float32. `lengths_B` is how long each request is now (for `dynamic` and `longrope`)."""
+        """cos and sin, each `[B, T, H/2]` float32. `lengths_B` is how long each request is now."""
         frequencies, scale = _inverse_frequencies(self, lengths_B)
         angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angles_BTH) * scale, jnp.sin(angles_BTH) * scale

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from typing import Any
 
 from moe_jax.layers.rope import Rope
+from pallas_kernels import Activation
 
 # Keys that every transformers config may carry and that change no logit at inference.
-IRRELEVANT = frozenset(
-    """
+_IRRELEVANT = """
     _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures attention_dropout auto_map
     bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size diversity_penalty do_sample
     early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
@@ -19,10 +19,10 @@ IRRELEVANT = frozenset(
     return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript
     transformers_version typical_p use_bfloat16 use_cache
-    """.split()
-)
+"""
+IRRELEVANT = frozenset(_IRRELEVANT.split())
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -83,7 +83,7 @@ class HFConfig:
             expected = " or ".join(repr(each) for each in unless)
             raise ValueError(f"{self.model_type}: expected config key {name!r} to be {expected}, got {value!r}: {why}")
 
-    def activation(self, name: str = "hidden_act", default: str = "silu") -> str:
+    def activation(self, name: str = "hidden_act", default: str = "silu") -> Activation:
         """The activation, in the words of `pallas_kernels.experts`."""
         value = self.take(name, default)
         if value not in _ACTIVATIONS:

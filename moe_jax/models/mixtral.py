@@ -1,7 +1,7 @@
 """Mixtral (arXiv:2401.04088): a Llama-like decoder with experts in every layer.
 
-Checkpoints: mistralai/Mixtral-8x7B-v0.1, 8x22B, TinyMistral-6x248M, and the bundled Shakespeare model. The surprise: the weights
-of the chosen experts are renormalised, which makes them a softmax over the chosen logits alone.
+Checkpoints: mistralai/Mixtral-8x7B-v0.1, 8x22B, TinyMistral-6x248M, the bundled Shakespeare model. The surprise: the weights of
+the chosen experts are renormalised, which makes them a softmax over the chosen logits alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_jax.layers.moe import MoE
 from moe_jax.layers.rope import Rope
 from moe_jax.models import decoder_families as shared
 from moe_jax.models.hf_config import HFConfig
-from pallas_kernels import RoutingRule
+from pallas_kernels import Activation, RoutingRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    hidden_act: str
+    hidden_act: Activation
     rms_norm_eps: float
     tie_word_embeddings: bool
     sliding_window: int | None

@@ -1,6 +1,6 @@
 """OLMoE (arXiv:2409.02060): 64 small experts, 8 per token.
 
-Checkpoints: allenai/OLMoE-1B-7B-0924 and its instruction-tuned kin. Two surprises: queries and keys are normalised over the whole
+Checkpoints: allenai/OLMoE-1B-7B-0924 and its instruct kin. Two surprises: queries and keys are normalised over the whole
 projection, all heads together, before they are split; and the chosen experts' weights are not renormalised.
 """
 
@@ -18,7 +18,7 @@ from moe_jax.layers.moe import MoE
 from moe_jax.layers.rope import Rope
 from moe_jax.models import decoder_families as shared
 from moe_jax.models.hf_config import HFConfig
-from pallas_kernels import RoutingRule
+from pallas_kernels import Activation, RoutingRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Config:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    hidden_act: str
+    hidden_act: Activation
     rms_norm_eps: float
     tie_word_embeddings: bool
     attention_bias: bool

@@ -19,7 +19,7 @@ from moe_jax.layers.moe import MoE
 from moe_jax.layers.rope import Rope
 from moe_jax.models import decoder_families as shared
 from moe_jax.models.hf_config import HFConfig
-from pallas_kernels import RoutingRule
+from pallas_kernels import Activation, RoutingRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    hidden_act: str
+    hidden_act: Activation
     rms_norm_eps: float
     tie_word_embeddings: bool
     attention_bias: bool

@@ -8,7 +8,7 @@ take a relative position bias that the first layer of a stack holds for all of i
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.relative_position import RelativePositionBias
 from moe_jax.models.decoder_families import Rules
 from moe_jax.models.hf_config import HFConfig
-from pallas_kernels import Routing, RoutingRule
+from pallas_kernels import Activation, Routing, RoutingRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Config:
     num_heads: int
     num_experts: int
     router_bias: bool
-    router_dtype: str
+    router_dtype: Literal["float32", "bfloat16", "float16"]
     relative_attention_num_buckets: int
     relative_attention_max_distance: int
     layer_norm_epsilon: float
-    dense_act_fn: str
+    dense_act_fn: Activation
     tie_word_embeddings: bool
     decoder_start_token_id: int
     eos_token_id: tuple[int, ...]
@@ -61,6 +61,7 @@ class Config:
         hf.refuse("is_gated_act", unless=(False,), why="Hugging Face's Switch has no gated feed-forward to agree with")
         hf.refuse("feed_forward_proj", unless=("relu", "gelu", "silu"), why="only feed-forwards without a gate exist")
         hf.refuse("is_encoder_decoder", unless=(True,), why="only the whole encoder-decoder can be loaded")
+        hf.refuse("router_dtype", unless=("float32", "bfloat16", "float16"), why="routers compute in one of these")
         hf.refuse("batch_prioritized_routing", unless=(False,), why="capacity is counted in the order of the sequence")
         # Training only, or read by no code.
         hf.irrelevant("dropout_rate", "router_z_loss_coef", "initializer_factor", "add_router_probs", "router_type")
@@ -284,7 +285,8 @@ class SwitchTransformer(nnx.Module):
             x_BTD, routing, _ = block(x_BTD, _alone, is_visible_BTS, bias_BNTS)
             routings.append(routing)
         x_BTD = self.encoder.norm(x_BTD)
-        cross = tuple(_alone(*block.cross.keys_values(x_BTD)) for block in self.decoder.blocks)
+        crosses = [block.cross for block in self.decoder.blocks if block.cross is not None]
+        cross = tuple(_alone(*each.keys_values(x_BTD)) for each in crosses)
         return cross, of_sparse_layers(routings)
 
     def _embedded(self, stack: Stack, tokens_BT):

@@ -158,7 +158,8 @@ MIXTRAL = [
         "dynamic_rope",
         dict(rope_parameters=rope("dynamic", 100.0, factor=4.0), max_position_embeddings=24, head_dim=8),
     ),
-    Case("mixtral", "yarn", dict(rope_parameters=YARN, head_dim=12)),
+    # The margin is wider than bfloat16 moves the logits here: its error then is rounding, not a token sent elsewhere.
+    Case("mixtral", "yarn", dict(rope_parameters=YARN, head_dim=12), router_margin=0.02),
     Case("mixtral", "llama3_sliding_window", dict(rope_parameters=LLAMA3, sliding_window=20)),
 ]
 
