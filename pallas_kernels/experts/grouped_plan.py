@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from pallas_kernels.route.api import Places
@@ -94,7 +95,7 @@ def _ranks_in_blocks(local_TA, num_experts: int) -> tuple[jax.Array, jax.Array]:
     is_chosen_TE = (padded_TA[:, :, None] == jnp.arange(num_experts)).any(axis=1)
     is_chosen_BZE = is_chosen_TE.reshape(num_blocks, BLOCK, num_experts).astype(jnp.bfloat16)
     # Sums of at most 64 ones: exact in bfloat16 products accumulated in float32.
-    is_before_ZZ = jnp.tri(BLOCK, k=-1, dtype=jnp.bfloat16)
+    is_before_ZZ = np.tri(BLOCK, k=-1).astype(jnp.bfloat16)
     ranks_BZE = jnp.einsum("ZY,BYE->BZE", is_before_ZZ, is_chosen_BZE, preferred_element_type=jnp.float32)
     ranks_TE = ranks_BZE.reshape(-1, num_experts)[:num_tokens]
     rank_TA = jnp.take_along_axis(ranks_TE, jnp.clip(local_TA, 0, num_experts - 1), axis=1)
@@ -104,7 +105,7 @@ def _ranks_in_blocks(local_TA, num_experts: int) -> tuple[jax.Array, jax.Array]:
 def _sums_before(counts_BE) -> tuple[jax.Array, jax.Array]:
     """The sum of the blocks before each one, and of all."""
     # Counts of at most 64: exact in bfloat16 products accumulated in float32.
-    is_before_BB = jnp.tri(counts_BE.shape[0] + 1, counts_BE.shape[0], k=-1, dtype=jnp.bfloat16)
+    is_before_BB = np.tri(counts_BE.shape[0] + 1, counts_BE.shape[0], k=-1).astype(jnp.bfloat16)
     sums_BE = jnp.dot(is_before_BB, counts_BE.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
     return sums_BE[:-1].astype(jnp.int32), sums_BE[-1].astype(jnp.int32)
 

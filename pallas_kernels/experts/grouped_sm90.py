@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Device, Implementation
 from pallas_kernels.experts import grouped_plan, grouped_rows_sm90
+from pallas_kernels.experts.decode_sm90 import shape_key
 from pallas_kernels.experts.grouped_matmul_sm90 import Tile, grouped_down, grouped_up
 from pallas_kernels.route.api import Routing
 
@@ -34,13 +35,8 @@ def experts(
     first_expert=0,
     settings: dict[str, int] | None = None,
 ):
-    num_experts, gates, width, model_width = up_EGFD.shape
-    num_tokens, active = routing.experts_TA.shape
     if settings is None:
-        suffix = "" if gates == 2 else " G1"
-        settings = tuning.lookup(
-            f"experts.{NAME}", f"E{num_experts} A{active} F{width} D{model_width}{suffix}", num_tokens
-        )
+        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0])
     if settings is None:
         settings = default_settings(has_down_bias=down_bias_ED is not None)
     return _experts(
