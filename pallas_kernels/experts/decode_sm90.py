@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu.utils import inline_ptx, warpgroup_barrier
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
 from pallas_kernels.experts.plan import decode_plan, padded_tokens
 from pallas_kernels.experts.streaming_sm90 import COMPILER, ROWS, add_to_rows, on_producer_warp, store_transposed
-from pallas_kernels.route.api import DecodePlan, Routing
+from pallas_kernels.route.api import NUM_SIGNALS, DecodePlan, Routing
 
 NAME = "decode"
 MOST_TOKENS = 64
@@ -97,10 +97,11 @@ def _experts(
         bias_TD = jnp.einsum("ET,ED->TD", plan.combine_ET, down_bias_ED, precision=lax.Precision.HIGHEST)
     launch = functools.partial(_launch, x_TD, plan, up_EGFD, up_bias_EGF, down_EDF, bias_TD, **static)
     if is_interpreted:  # one block after another: none can wait for the next
-        hidden_UTF, _ = launch(None, phases=("up",), num_blocks=num_sms)
-        _, y_TD = launch(hidden_UTF, phases=("down",), num_blocks=1)
+        hidden_UTF, _ = launch(hidden=None, signals=None, phases=("up",), num_blocks=num_sms)
+        _, y_TD = launch(hidden=hidden_UTF, signals=None, phases=("down",), num_blocks=1)
     else:
-        _, y_TD = launch(None, phases=("up", "down"), num_blocks=num_sms)
+        zeros = jnp.zeros((NUM_SIGNALS,), jnp.int32) if plan.signals is None else plan.signals
+        _, y_TD = launch(hidden=None, signals=jax.new_ref(zeros), phases=("up", "down"), num_blocks=num_sms)
     return y_TD[:num_tokens]
 
 
@@ -111,8 +112,9 @@ def _launch(
     up_bias_EGF,
     down_EDF,
     bias_TD,
-    hidden_UTF,
     *,
+    hidden,
+    signals,
     phases,
     activation,
     most_active,
@@ -136,9 +138,12 @@ def _launch(
         full, empty, hidden_ready = (scratch[name] for name in ("full", "empty", "hidden_ready"))
         block = lax.axis_index("block")
         num_active = count_gmem[0]
-        if is_fused:
-            up_done = pl.get_global(plgpu.SemaphoreType.REGULAR((1,)))
-            partial_done = pl.get_global(plgpu.SemaphoreType.REGULAR((num_blocks,)))
+
+        def signal_of(index):
+            return inputs["signals"].at[pl.ds(index, 1)]
+
+        def partial_is_stored(block):
+            return signal_of(1 + block)
 
         # The up phase: items are (active expert, tile of its width), every num_blocks-th of them this block's.
         my_items = pl.cdiv(lax.max(num_active * up_tiles - block, 0), num_blocks) if "up" in phases else 0
@@ -276,8 +281,7 @@ def _launch(
                 def _hand_over():
                     for n, part in enumerate(parts):
                         partials_gmem[block, n] = part
-                    _meet_warps()
-                    plgpu.semaphore_signal(partial_done.at[block], memory_scope="gpu")
+                    _signal(partial_is_stored(block))
 
             @pl.when(begin == tile_begin)
             def _finish():
@@ -306,7 +310,7 @@ def _launch(
             def _wait(other):
                 @pl.when(has_part(other))
                 def _():
-                    plgpu.semaphore_wait(partial_done.at[other], decrement=False, memory_scope="gpu")
+                    _wait_for_signals(partial_is_stored(other), 1)
 
             def add(batch, total):
                 for n in range(BATCH):  # loads that do not depend on each other overlap
@@ -323,9 +327,8 @@ def _launch(
             pl.loop(0, my_items)(compute_up)
             plgpu.wait_smem_to_gmem(0)
             if is_fused:
-                plgpu.semaphore_signal(up_done.at[0], memory_scope="gpu")
-                plgpu.semaphore_wait(up_done.at[0], num_blocks, decrement=False, memory_scope="gpu")
-                _order_copies_after_semaphore()
+                _signal(signal_of(0))
+                _wait_for_signals(signal_of(0), num_blocks)
             plgpu.barrier_arrive(hidden_ready)
             if "down" in phases:
                 num_parts = jnp.where(
@@ -344,8 +347,10 @@ def _launch(
         hidden_ready=plgpu.Barrier(),
     )
     optional = {}
-    if hidden_UTF is not None:
-        optional["hidden"] = hidden_UTF
+    if hidden is not None:
+        optional["hidden"] = hidden
+    if signals is not None:
+        optional["signals"] = signals
     if up_bias_EGF is not None:
         optional["up_bias"] = up_bias_EGF
         scratch |= dict(
@@ -400,26 +405,28 @@ def _load_transposed(tile_smem):
     return plgpu.layout_cast(tile_RT, plgpu.Layout.WGMMA)
 
 
-def _meet_warps() -> None:
-    """Waits until all warps of the warpgroup have stored, before one of them signals for all."""
+def _signal(signal_gmem) -> None:
+    """Adds one to a number in global memory, after all that the warpgroup's threads have stored there before."""
 
-    @plgpu.inline_mgpu()
-    def barrier(ctx):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def signal(ctx, signal_gmem):
         del ctx
-        warpgroup_barrier()
+        utils.warpgroup_barrier()
+        utils.SemaphoreRef(utils.memref_ptr(signal_gmem)).signal(1, memory_scope="gpu")
 
-    barrier()
+    signal(signal_gmem)
 
 
-def _order_copies_after_semaphore() -> None:
-    """Makes what other blocks stored visible to this block's asynchronous copies."""
+def _wait_for_signals(signal_gmem, count: int) -> None:
+    """Waits for `count` signals. What was stored before them is then visible to loads and asynchronous copies."""
 
-    @plgpu.inline_mgpu()
-    def fence(ctx):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def wait(ctx, signal_gmem):
         del ctx
-        inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+        utils.SemaphoreRef(utils.memref_ptr(signal_gmem)).wait(count, decrement=False, memory_scope="gpu")
+        utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
 
-    fence()
+    wait(signal_gmem)
 
 
 def default_settings(x_TD) -> dict[str, int]:

@@ -37,6 +37,9 @@ class RoutingRule:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
+NUM_SIGNALS = 512
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodePlan:
@@ -45,11 +48,14 @@ class DecodePlan:
     combine_ET: float32; the weight of each expert for each token, 0 where it was not chosen and past the last token.
     active_E: int32; the experts that some token chose, ascending, in the first `num_active[0]` places. Past those: `E`.
     num_active: int32, one element.
+    signals: `NUM_SIGNALS` int32 zeros, by which the blocks of the experts' launch wait for each other. They are here because
+      zeros of their own would cost that launch another one; None where nobody made them on the way.
     """
 
     combine_ET: Float[Array, "E T"]
     active_E: Int[Array, "E"]
     num_active: Int[Array, "1"]
+    signals: Int[Array, "X"] | None = None
 
 
 @jax.tree_util.register_dataclass
