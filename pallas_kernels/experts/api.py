@@ -65,9 +65,9 @@ def explain(
 
 
 def _implementations() -> tuple[dispatch.Implementation, ...]:
-    from pallas_kernels.experts import gathered, ragged, reference
+    from pallas_kernels.experts import gathered, grouped_sm90, ragged, reference
 
-    return (gathered.IMPLEMENTATION, ragged.IMPLEMENTATION, reference.IMPLEMENTATION)
+    return (grouped_sm90.IMPLEMENTATION, gathered.IMPLEMENTATION, ragged.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
 def _check(x_TD, routing: Routing, up_EGFD, down_EDF, activation, up_bias_EGF, down_bias_ED) -> None:
@@ -85,8 +85,12 @@ def _check(x_TD, routing: Routing, up_EGFD, down_EDF, activation, up_bias_EGF, d
     }
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:
-            raise ValueError(f"experts: expected {name} of shape {shape} beside up_EGFD {up_EGFD.shape}, got {array.shape}")
+            raise ValueError(
+                f"experts: expected {name} of shape {shape} beside up_EGFD {up_EGFD.shape}, got {array.shape}"
+            )
     if activation not in ACTIVATIONS:
         raise ValueError(f"experts: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if activation == "swiglu_clamped" and gates != 2:
-        raise ValueError(f"experts: activation 'swiglu_clamped' needs gated experts, up_EGFD [E, 2, F, D]; got {up_EGFD.shape}")
+        raise ValueError(
+            f"experts: activation 'swiglu_clamped' needs gated experts, up_EGFD [E, 2, F, D]; got {up_EGFD.shape}"
+        )
