@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
+import multiprocessing
+import os
 import pathlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from queue import Empty
 from typing import Any
 
 import jax
@@ -39,7 +41,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BASELINE_TOKENS = (1, 8, 64, 512, 4096, 8192)
 BASELINES = ("xla", "ragged_dot", "tokamax", "torch")
 ROTATED_BYTES = 1e9
-CHAINED_LAYERS, MOST_CHAINED_TOKENS = 8, 64
+CHAINED_LAYERS, CHAINED_ROUNDS, MOST_CHAINED_TOKENS = 8, 20, 64
 # Two bfloat16 computations, each within 4e-3 of the true value.
 LARGEST_ERROR = 8e-3
 
@@ -124,82 +126,58 @@ def copies(layer: Layer) -> int:
 
 
 def chained(layer: LayerFunction) -> Callable[[jax.Array, list[Weights]], jax.Array]:
-    def layers(x_TD: jax.Array, weights: list[Weights]) -> jax.Array:
+    """`CHAINED_ROUNDS` times a chain of `CHAINED_LAYERS` layers, as a decode loop runs them."""
+
+    def one_round(_, carry: tuple[jax.Array, list[Weights]]) -> tuple[jax.Array, list[Weights]]:
+        x_TD, weights = carry
         for index in range(CHAINED_LAYERS):
-            x_TD, _ = layer(x_TD, weights[index % len(weights)])
-        return x_TD
+            y_TD, _ = layer(x_TD, weights[index % len(weights)])
+            x_TD = x_TD + y_TD / CHAINED_ROUNDS
+        return x_TD, weights
 
-    return layers
+    return lambda x_TD, weights: jax.lax.fori_loop(0, CHAINED_ROUNDS, one_round, (x_TD, weights))[0]
 
 
-def chained_us(compiled: Callable[..., jax.Array], x_TD: jax.Array, weights: list[Weights], *, runs: int = 20) -> float:
-    """Wall-clock time for each layer of a chain, launched `runs` times back to back."""
-    jax.block_until_ready(compiled(x_TD, weights))
-    start_s = time.perf_counter()
-    for _ in range(runs):
-        result = compiled(x_TD, weights)
-    jax.block_until_ready(result)
-    return 1e6 * (time.perf_counter() - start_s) / (runs * CHAINED_LAYERS)
+def chained_us(program: Callable[..., jax.Array], x_TD: jax.Array, weights: list[Weights]) -> float:
+    """Wall-clock time for each layer of the chain, the best of five runs."""
+    times_s = []
+    for _ in range(5):
+        start_s = time.perf_counter()
+        jax.block_until_ready(program(x_TD, weights))
+        times_s.append(time.perf_counter() - start_s)
+    return 1e6 * min(times_s) / (CHAINED_ROUNDS * CHAINED_LAYERS)
 
 
 def active_experts(experts_TA: jax.Array) -> int:
     return len(set(experts_TA.reshape(-1).tolist()))
 
 
-Programs = dict[str, Any]  # compiled, by name: `ours`, its `definition`, `chained` layers of ours, and baselines
-Compiling = dict[str, concurrent.futures.Future]
+Programs = dict[str, Any]  # compiled, by name: `ours`, `chained` layers of ours, and baselines; `xla` is the definition
 
 
-def functions(name: str, tokens: int, baselines: list[str]) -> dict[str, Callable]:
-    """What has to be compiled for a shape and token count."""
-    found = baseline_experts()
-    wanted = {"ours": layer_function(name), "definition": layer_function(name, "reference", found["xla"])}
-    if tokens in BASELINE_TOKENS:
-        wanted |= {key: layer_function(name, "reference", found[key]) for key in baselines if key in found}
-    if tokens <= MOST_CHAINED_TOKENS:
-        wanted["chained"] = chained(wanted["ours"])
-    return wanted
-
-
-def compile_function(function: Callable, key: str, name: str, tokens: int) -> Any:
-    layer = LAYERS[name]
+def compile_point(name: str, tokens: int, baselines: list[str]) -> Programs:
+    """What one shape and token count needs; a baseline that does not compile is shown and left out."""
+    layer, found = LAYERS[name], baseline_experts()
     x_TD = jax.ShapeDtypeStruct((tokens, layer.model_width), jnp.bfloat16)
     weights = jax.eval_shape(functools.partial(make_weights, layer, ROUTERS[name]), jax.random.key(0, impl="rbg"))
-    arguments = (x_TD, [weights] * copies(layer) if key == "chained" else weights)
-    # The definition checks results and is not timed: finding its fastest algorithms would take longer than all the rest.
-    options = {"xla_gpu_autotune_level": 0} if key == "definition" else None
-    return jax.jit(function).lower(*arguments).compile(options)
-
-
-def compile_all(points: list[tuple[str, int]], baselines: list[str], deadline_s: float) -> list[Compiling]:
-    """Compiles on many threads, and returns when all is done: XLA's autotuning would disturb measurements."""
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        compiling: list[Compiling] = [
-            {
-                key: pool.submit(compile_function, function, key, name, tokens)
-                for key, function in functions(name, tokens, baselines).items()
-            }
-            for name, tokens in points
-        ]
-        waiting = [future for futures in compiling for future in futures.values()]
-        for count, future in enumerate(waiting):
-            with contextlib.suppress(concurrent.futures.TimeoutError, Exception):  # raised again where it is needed
-                future.result(timeout=max(0.0, deadline_s - time.monotonic()))
-            if sys.stderr.isatty():
-                print(f"\rcompiled {count + 1} of {len(waiting)}", end="", file=sys.stderr)
-        pool.shutdown(cancel_futures=True)
-    return compiling
-
-
-def results(compiling: Compiling) -> Programs:
-    """The compiled programs; a baseline that did not compile is shown and left out."""
-    programs = {}
-    for key, future in compiling.items():
-        if key in BASELINES and future.exception():
-            print(f"{key}: left out, {str(future.exception())[:200]}", flush=True)
-        else:
-            programs[key] = future.result()
+    ours = layer_function(name)
+    programs = {"ours": jax.jit(ours).lower(x_TD, weights).compile()}
+    if tokens <= MOST_CHAINED_TOKENS:
+        programs["chained"] = jax.jit(chained(ours)).lower(x_TD, [weights] * copies(layer)).compile()
+    for key, run_experts in found.items():
+        is_timed = key in baselines and tokens in BASELINE_TOKENS and not takes_minutes(key, layer, tokens)
+        if is_timed or key == "xla":
+            try:
+                function = layer_function(name, "reference", run_experts)
+                programs[key] = jax.jit(function).lower(x_TD, weights).compile()
+            except Exception as error:
+                print(f"{name}, {tokens} tokens: {key} left out, {str(error)[:200]}", file=sys.stderr, flush=True)
     return programs
+
+
+def takes_minutes(baseline: str, layer: Layer, tokens: int) -> bool:
+    """Whether XLA's ragged_dot, which multiplies every row with every expert, needs more than 2e14 FLOPs."""
+    return baseline == "ragged_dot" and tokens * layer.active * layer.num_experts * layer.expert_bytes > 2e14
 
 
 def make_inputs(name: str, tokens: int, weights: list[Weights]) -> list[tuple[jax.Array, Weights]]:
@@ -213,14 +191,14 @@ def make_inputs(name: str, tokens: int, weights: list[Weights]) -> list[tuple[ja
     ]
 
 
-def measure(name: str, tokens: int, programs: Programs, weights: list[Weights]) -> dict[str, Any]:
+def measure(name: str, tokens: int, programs: Programs, weights: list[Weights], baselines: list[str]) -> dict[str, Any]:
     """The record of one shape and token count.
 
     Raises:
       ValueError: the result is not the definition's.
     """
     inputs = make_inputs(name, tokens, weights)
-    error = relative_error(programs["ours"](*inputs[0])[0], programs["definition"](*inputs[0])[0])
+    error = relative_error(programs["ours"](*inputs[0])[0], programs["xla"](*inputs[0])[0])
     if not error <= LARGEST_ERROR:
         raise ValueError(f"expected a relative error of at most {LARGEST_ERROR}, got {error}")
     active = [active_experts(programs["ours"](*arguments)[1]) for arguments in inputs]
@@ -239,12 +217,13 @@ def measure(name: str, tokens: int, programs: Programs, weights: list[Weights]) 
     }
     if "chained" in programs:
         record["chained_us"] = round(chained_us(programs["chained"], inputs[0][0], weights), 2)
-    times_us = {
-        key: round(timing.measure(program, inputs[:2], repeats=2).time_us, 1)
-        for key, program in programs.items()
-        if key in BASELINES
-    }
-    return record | ({"baselines_us": times_us} if times_us else {})
+    if tokens in BASELINE_TOKENS:
+        record["baselines_us"] = {
+            key: round(timing.measure(program, inputs[:1], repeats=2).time_us, 1)
+            for key, program in programs.items()
+            if key in baselines
+        }
+    return record
 
 
 def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> float:
@@ -252,23 +231,32 @@ def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> float:
     return float(jnp.linalg.norm(y_TD.astype(jnp.float32) - exact_TD) / jnp.linalg.norm(exact_TD))
 
 
-def run(points: list[tuple[str, int]], baselines: list[str], deadline_s: float) -> Iterator[dict[str, Any]]:
-    """A record of each point; a point that fails gives one with its `error`, and the others go on."""
-    compiled = compile_all(points, baselines, deadline_s)
-    made, weights = "", []
-    for (name, tokens), compiling in zip(points, compiled, strict=True):
-        is_late = time.monotonic() > deadline_s
-        if is_late or any(future.cancelled() for future in compiling.values()):
-            print(f"{name}, {tokens} tokens: left out, --seconds are over", flush=True)
-            continue
-        if name != made:
-            weights.clear()
-            keys = jax.random.split(jax.random.key(0, impl="rbg"), copies(LAYERS[name]))
-            made, weights = name, [make_weights(LAYERS[name], ROUTERS[name], key) for key in keys]
-        try:
-            yield measure(name, tokens, results(compiling), weights)
-        except Exception as error:  # one point must not lose the others; it is recorded, shown, and fails the run
-            yield {"shape": name, "tokens": tokens, "error": f"{type(error).__name__}: {error}"[:500]}
+def run_shape(name: str, tokens: list[int], baselines: list[str], seconds: float, gpu: Any, records: Any) -> None:
+    """Puts a record of each token count into the queue `records`, None last. Of all processes, one measures: it holds `gpu`.
+
+    A point that fails gives a record with its `error`, and the others go on.
+    """
+    deadline_s = time.monotonic() + seconds
+    weights: list[Weights] = []
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        compiling = {count: pool.submit(compile_point, name, count, baselines) for count in tokens}
+        for count, future in compiling.items():
+            try:
+                programs = future.result(timeout=max(0.0, deadline_s - time.monotonic()))
+                with gpu:
+                    if time.monotonic() > deadline_s:
+                        raise concurrent.futures.TimeoutError
+                    if not weights:
+                        keys = jax.random.split(jax.random.key(0, impl="rbg"), copies(LAYERS[name]))
+                        weights = [make_weights(LAYERS[name], ROUTERS[name], key) for key in keys]
+                    records.put(measure(name, count, programs, weights, baselines))
+            except concurrent.futures.TimeoutError:
+                print(f"{name}, {count} tokens: left out, --seconds are over", flush=True)
+            except Exception as error:
+                records.put({"shape": name, "tokens": count, "error": f"{type(error).__name__}: {error}"[:500]})
+            compiling[count] = None  # the programs hold device memory
+        pool.shutdown(wait=False, cancel_futures=True)
+    records.put(None)
 
 
 def torch_records(shapes: list[str], tokens: list[int]) -> dict[tuple[str, int], float]:
@@ -296,6 +284,22 @@ def summary(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def received(queue: Any, processes: list[Any]) -> Iterator[dict[str, Any]]:
+    """Records as they come, until every process has put its None, or has died."""
+    running = len(processes)
+    while running:
+        try:
+            record = queue.get(timeout=5)
+        except Empty:
+            if not any(process.is_alive() for process in processes):
+                raise RuntimeError("the measuring processes ended early; their errors are above") from None
+            continue
+        if record is None:
+            running -= 1
+        else:
+            yield record
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(LAYERS), choices=list(LAYERS))
@@ -305,25 +309,38 @@ def main() -> int:
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/kernels.jsonl"))
     flags = parser.parse_args()
 
-    deadline_s = time.monotonic() + flags.seconds
-    torch_us = {}
-    if "torch" in flags.baselines and importlib.util.find_spec(
-        "torch"
-    ):  # first: jax takes the GPU's memory when it starts
-        torch_us = torch_records(flags.shapes, [count for count in flags.tokens if count in BASELINE_TOKENS])
+    # XLA would measure alternatives while it compiles: that takes longer than all the rest, and disturbs measurements.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a process for each shape, all on one GPU
     device = dispatch.current_device()
     if device.platform != "gpu":
         print(f"needs a GPU; jax sees {device.kind}. `make aot` checks the kernels without one.", file=sys.stderr)
         return 2
+    spawn = multiprocessing.get_context("spawn")
+    gpu, queue = spawn.Lock(), spawn.Queue()
+    ordered = sorted(flags.tokens, key=lambda count: (count not in BASELINE_TOKENS, count))
+    with gpu:
+        processes = [
+            spawn.Process(
+                target=run_shape, args=(name, ordered, flags.baselines, flags.seconds, gpu, queue), daemon=True
+            )
+            for name in flags.shapes
+        ]
+        for process in processes:
+            process.start()
+        torch_us = {}
+        if "torch" in flags.baselines and importlib.util.find_spec("torch"):
+            torch_us = torch_records(flags.shapes, [count for count in ordered if count in BASELINE_TOKENS])
     records = []
-    points = [(name, tokens) for name in flags.shapes for tokens in flags.tokens]
-    for record in run(points, flags.baselines, deadline_s):
+    for record in received(queue, processes):
         point = (record["shape"], record["tokens"])
         if point in torch_us:
             record.setdefault("baselines_us", {})["torch"] = torch_us[point]
         print(summary([record]).splitlines()[1], flush=True)
         timing.append_record(flags.output, record)
         records.append(record)
+    order = {name: index for index, name in enumerate(flags.shapes)}
+    records.sort(key=lambda record: (order[record["shape"]], record["tokens"]))
     print(summary(records))
     return int(any("error" in record for record in records))
 
