@@ -1,8 +1,7 @@
 """Every implementation of every op against the op's definition, on the cases that each op's `cases.py` lists.
 
 An implementation that an op's `_implementations()` lists is covered, and no line here has to change. What runs on a
-CPU runs here; kernels for the GPU are interpreted on toy shapes, run on real ones by `make test-gpu`, and compiled for
-them by `make aot`.
+CPU runs here; kernels for the GPU are interpreted on toy shapes, and run on real ones by `make test-gpu`.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ def _supported(cases_name: str, device: Device, *, but_not: Device | None = None
 
 ON_CPU = list(_supported("AWKWARD", CPU))
 INTERPRETED = list(_supported("AWKWARD", H200, but_not=CPU))
-COMPILED = list(_supported("REAL", H200, but_not=CPU))
+ON_GPU = list(_supported("REAL", H200, but_not=CPU))
 
 
 def _run(implementation: Implementation, operands: tuple, named: dict[str, Any]) -> Any:
@@ -155,21 +154,8 @@ def test_no_races(op: Op, implementation: Implementation, case: Any) -> None:
     assert not detector.races_found
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize(("op", "implementation", "case"), COMPILED)
-def test_compiles(op: Op, implementation: Implementation, case: Any) -> None:
-    operands, named = aot.shapes_of(functools.partial(op.cases.arguments, case))
-    arrays, run = _split(implementation, named)
-    program = aot.compile_for_h200(run, operands, arrays)
-    assert program.kernels
-    for kernel in program.kernels:
-        assert kernel.spill_bytes == 0, kernel
-        assert kernel.shared_memory_bytes <= aot.SHARED_MEMORY_BYTES, kernel
-    assert not program.large_copies
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize(("op", "implementation", "case"), COMPILED + INTERPRETED)
+@pytest.mark.parametrize(("op", "implementation", "case"), ON_GPU + INTERPRETED)
 def test_on_gpu(op: Op, implementation: Implementation, case: Any) -> None:
     operands, named = _arguments(op.cases, case)
     _poison_free_memory()
@@ -177,7 +163,7 @@ def test_on_gpu(op: Op, implementation: Implementation, case: Any) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("op", "implementation", "case"), _first_of_each(COMPILED))
+@pytest.mark.parametrize(("op", "implementation", "case"), _first_of_each(ON_GPU))
 def test_repeats_bit_by_bit(op: Op, implementation: Implementation, case: Any) -> None:
     operands, named = _arguments(op.cases, case)
     arrays, run = _split(implementation, named)
