@@ -93,11 +93,22 @@ def shapes_of(
 
     def arrays():
         operands, named = arguments()
-        static.update({name: value for name, value in named.items() if not isinstance(value, jax.Array)})
-        return operands, {name: value for name, value in named.items() if isinstance(value, jax.Array)}
+        arrays, rest = split_arrays(named)
+        static.update(rest)
+        return operands, arrays
 
     operands, named = jax.eval_shape(arrays)
     return operands, static | named
+
+
+def split_arrays(named: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Named arguments in two: those that hold arrays (or their shapes), which `jax.jit` traces, and the others."""
+
+    def holds_arrays(value: Any) -> bool:
+        return any(isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(value))
+
+    arrays = {name: value for name, value in named.items() if holds_arrays(value)}
+    return arrays, {name: value for name, value in named.items() if name not in arrays}
 
 
 @functools.cache

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +70,14 @@ def _summarise(launches: list[tuple[str, float]], *, calls: int) -> Measurement:
     names = [name for name, _ in launches[:per_call]]
     medians_us = [statistics.median(column) for column in times_us.T.tolist()]
     return Measurement(statistics.median(times_us.sum(axis=1).tolist()), tuple(zip(names, medians_us, strict=True)))
+
+
+@contextlib.contextmanager
+def gpu_to_oneself() -> Iterator[None]:
+    """Waits until no other process of this machine is inside: several compile at once, and one at a time measures."""
+    with open(pathlib.Path(tempfile.gettempdir()) / "moe-jax-gpu.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def rotations(size_bytes: int) -> int:

@@ -231,8 +231,8 @@ def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> float:
     return float(jnp.linalg.norm(y_TD.astype(jnp.float32) - exact_TD) / jnp.linalg.norm(exact_TD))
 
 
-def run_shape(name: str, tokens: list[int], baselines: list[str], seconds: float, gpu: Any, records: Any) -> None:
-    """Puts a record of each token count into the queue `records`, None last. Of all processes, one measures: it holds `gpu`.
+def run_shape(name: str, tokens: list[int], baselines: list[str], seconds: float, records: Any) -> None:
+    """Puts a record of each token count into the queue `records`, None last.
 
     A point that fails gives a record with its `error`, and the others go on.
     """
@@ -243,7 +243,7 @@ def run_shape(name: str, tokens: list[int], baselines: list[str], seconds: float
         for count, future in compiling.items():
             try:
                 programs = future.result(timeout=max(0.0, deadline_s - time.monotonic()))
-                with gpu:
+                with timing.gpu_to_oneself():
                     if time.monotonic() > deadline_s:
                         raise concurrent.futures.TimeoutError
                     if not weights:
@@ -317,13 +317,11 @@ def main() -> int:
         print(f"needs a GPU; jax sees {device.kind}. `make aot` checks the kernels without one.", file=sys.stderr)
         return 2
     spawn = multiprocessing.get_context("spawn")
-    gpu, queue = spawn.Lock(), spawn.Queue()
+    queue = spawn.Queue()
     ordered = sorted(flags.tokens, key=lambda count: (count not in BASELINE_TOKENS, count))
-    with gpu:
+    with timing.gpu_to_oneself():
         processes = [
-            spawn.Process(
-                target=run_shape, args=(name, ordered, flags.baselines, flags.seconds, gpu, queue), daemon=True
-            )
+            spawn.Process(target=run_shape, args=(name, ordered, flags.baselines, flags.seconds, queue), daemon=True)
             for name in flags.shapes
         ]
         for process in processes:

@@ -3,7 +3,8 @@
     python scripts/tune_kernels.py --ops experts --shapes qwen3-30b olmoe --tokens 1 8 64 --seconds 600
 
 Each measurement goes to --records at once; a second run leaves out what is there, so that it can be stopped and taken
-up again. The table, pallas_kernels/tuned/<device>.json, takes a candidate where it beats the default by 2 %.
+up again. Several may run at once on one GPU, on different shapes: they compile together and measure in turn. The
+table, pallas_kernels/tuned/<device>.json, takes a candidate where it beats the default by 2 %.
 """
 
 from __future__ import annotations
@@ -74,16 +75,15 @@ def points(ops: list[str], shapes: list[str], tokens: list[int]) -> list[Point]:
 def measure(point: Point) -> list[float | None]:
     """Median microseconds of each candidate; None where it does not compile or its result is not the default's."""
     cases = OPS[point.op][1]
-    inputs = [cases.arguments(point.case, seed) for seed in range(timing.rotations(point.case.read_bytes))]
-    arrays = [_arrays(operands, named) for operands, named in inputs]
-    static = {name: value for name, value in inputs[0][1].items() if not isinstance(value, jax.Array)}
+    shapes, named = aot.shapes_of(functools.partial(cases.arguments, point.case))
+    arrays, static = aot.split_arrays(named)
 
-    def run(settings: Settings, operands: tuple, named: dict[str, jax.Array]) -> Any:
-        return point.implementation.run(*operands, **static, **named, settings=settings)
+    def run(settings: Settings, operands: tuple, arrays: dict[str, jax.Array]) -> Any:
+        return point.implementation.run(*operands, **static, **arrays, settings=settings)
 
     def build(settings: Settings) -> Any:
         try:
-            return jax.jit(functools.partial(run, settings)).lower(*arrays[0]).compile()
+            return jax.jit(functools.partial(run, settings)).lower(shapes, arrays).compile()
         except (
             Exception
         ) as error:  # a candidate may need more shared memory than there is: shown, and out of the running
@@ -92,20 +92,20 @@ def measure(point: Point) -> list[float | None]:
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         programs = list(pool.map(build, point.candidates))
-    if programs[0] is None:
-        return [None] * len(programs)
-    default = programs[0](*arrays[0])
-    is_right = [
-        program is not None and _difference(default, program(*arrays[0])) <= LARGEST_DIFFERENCE for program in programs
-    ]
-    return [
-        timing.measure(program, arrays).time_us if right else None
-        for program, right in zip(programs, is_right, strict=True)
-    ]
-
-
-def _arrays(operands: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, jax.Array]]:
-    return operands, {name: value for name, value in named.items() if isinstance(value, jax.Array)}
+    with timing.gpu_to_oneself():
+        made = [cases.arguments(point.case, seed) for seed in range(timing.rotations(point.case.read_bytes))]
+        inputs = [(operands, aot.split_arrays(named)[0]) for operands, named in made]
+        if programs[0] is None:
+            return [None] * len(programs)
+        default = programs[0](*inputs[0])
+        is_right = [
+            program is not None and _difference(default, program(*inputs[0])) <= LARGEST_DIFFERENCE
+            for program in programs
+        ]
+        return [
+            timing.measure(program, inputs).time_us if right else None
+            for program, right in zip(programs, is_right, strict=True)
+        ]
 
 
 def _difference(one: Any, other: Any) -> float:
