@@ -32,7 +32,6 @@ from pallas_kernels.route.api import NUM_SIGNALS, DecodePlan, Routing
 NAME = "decode"
 MOST_TOKENS = 64
 PIECES = 2  # weight tiles of 64 rows in a slot of the ring: gate and linear part, or two that follow each other
-BATCH = 4  # partial sums of other blocks that are loaded together
 
 
 def experts(
@@ -129,6 +128,17 @@ def _launch(
     up_tiles, up_steps = pl.cdiv(width, up_rows), pl.cdiv(model_width, depth)
     down_tiles, steps_per_expert = pl.cdiv(model_width, down_rows), pl.cdiv(width, depth)
     is_fused = len(phases) == 2
+    if gates == PIECES:
+        up_XRD, places_of_up = (
+            up_EGFD.reshape(-1, width, model_width),
+            lambda expert, row: [(expert * PIECES + gate, row) for gate in range(PIECES)],
+        )
+    else:
+        up_XRD, places_of_up = _stack_of_tiles(up_EGFD[:, 0])
+    down_XRF, places_of_down = _stack_of_tiles(down_EDF)
+    # One copy loads both pieces of a slot where they follow each other in the stack: fewer copies, less work to issue them.
+    copies = 1 if down_XRF.shape[1] == ROWS and (gates == PIECES or up_XRD.shape[1] == ROWS) else PIECES
+    batch = max(1, 64 // tokens)  # partial sums of other blocks that are loaded together
     accumulators = [plgpu.ACC((ROWS, tokens))] * PIECES
 
     def kernel(x_gmem, combine_gmem, active_gmem, count_gmem, up_gmem, down_gmem, *rest, **scratch):
@@ -174,9 +184,15 @@ def _launch(
 
                 return slot
 
-            def load_weights(slot, tiles_gmem):
-                for piece, tile_gmem in enumerate(tiles_gmem):
-                    plgpu.copy_gmem_to_smem(tile_gmem, weights_smem.at[slot, piece], full.at[slot])
+            def load_weights(slot, tiles_gmem, places, columns):
+                if copies == 1:
+                    (first, row), _ = places
+                    window = tiles_gmem.at[pl.ds(first, PIECES), pl.ds(row, ROWS), columns]
+                    plgpu.copy_gmem_to_smem(window, weights_smem.at[slot], full.at[slot])
+                else:
+                    for n, (first, row) in enumerate(places):
+                        window = tiles_gmem.at[first, pl.ds(row, ROWS), columns]
+                        plgpu.copy_gmem_to_smem(window, weights_smem.at[slot, n], full.at[slot])
 
             @pl.loop(0, my_items)
             def _item(i):
@@ -186,11 +202,7 @@ def _launch(
                 @pl.loop(0, up_steps)
                 def _step(k):
                     slot, columns = reserve(i * up_steps + k), columns_of(k)
-                    if gates == PIECES:
-                        tiles = [up_gmem.at[expert, gate, pl.ds(row, ROWS), columns] for gate in range(gates)]
-                    else:
-                        tiles = [up_gmem.at[expert, 0, pl.ds(row + n * ROWS, ROWS), columns] for n in range(PIECES)]
-                    load_weights(slot, tiles)
+                    load_weights(slot, up_gmem, places_of_up(expert, row), columns)
                     plgpu.copy_gmem_to_smem(x_gmem.at[_whole(tokens), columns], tokens_smem.at[slot], full.at[slot])
 
             def place(r):
@@ -201,8 +213,7 @@ def _launch(
             def load_down(r):
                 row, u, k = place(r)
                 expert = active_gmem[u]
-                tiles = [down_gmem.at[expert, pl.ds(row + n * ROWS, ROWS), columns_of(k)] for n in range(PIECES)]
-                load_weights(reserve(up_loads + r), tiles)
+                load_weights(reserve(up_loads + r), down_gmem, places_of_down(expert, row), columns_of(k))
 
             def load_hidden(r):
                 _, u, k = place(r)
@@ -312,15 +323,15 @@ def _launch(
                 def _():
                     _wait_for_signals(partial_is_stored(other), 1)
 
-            def add(batch, total):
-                for n in range(BATCH):  # loads that do not depend on each other overlap
-                    other = block + 1 + batch * BATCH + n
+            def add(i, total):
+                for n in range(batch):  # loads that do not depend on each other overlap
+                    other = block + 1 + i * batch + n
                     theirs = [_load_partial(partials_gmem.at[lax.min(other, last), piece]) for piece in range(PIECES)]
                     is_there = jnp.broadcast_to(has_part(other), (ROWS, tokens))
                     total = [t + jnp.where(is_there, p, jnp.zeros_like(p)) for t, p in zip(total, theirs, strict=True)]
                 return total
 
-            return lax.fori_loop(0, pl.cdiv(last - block, BATCH), add, parts)
+            return lax.fori_loop(0, pl.cdiv(last - block, batch), add, parts)
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _compute():
@@ -342,7 +353,7 @@ def _launch(
         weights_smem=plgpu.SMEM((stages, PIECES, ROWS, depth), dtype),
         tokens_smem=plgpu.SMEM((stages, tokens, depth), dtype),
         out_smem=plgpu.SMEM((PIECES, tokens, ROWS), dtype),
-        full=plgpu.Barrier(num_arrivals=PIECES + 1, num_barriers=stages),
+        full=plgpu.Barrier(num_arrivals=copies + 1, num_barriers=stages),
         empty=plgpu.Barrier(num_barriers=stages),
         hidden_ready=plgpu.Barrier(),
     )
@@ -377,8 +388,18 @@ def _launch(
         kernel_name="experts_decode",
         scratch_types=scratch,
         compiler_params=COMPILER,
-    )(x_TD, plan.combine_ET, plan.active_E, plan.num_active, up_EGFD, down_EDF, *optional.values())
+    )(x_TD, plan.combine_ET, plan.active_E, plan.num_active, up_XRD, down_XRF, *optional.values())
     return hidden_UTF, y_TD
+
+
+def _stack_of_tiles(weights_EOI):
+    """The matrices as one stack of tiles `[X, 64, I]`, if they divide so, and where in it the pieces of some rows are."""
+    num_experts, rows, inner = weights_EOI.shape
+    if rows % ROWS:
+        return weights_EOI, lambda expert, row: [(expert, row + n * ROWS) for n in range(PIECES)]
+    tiles = rows // ROWS
+    stack_XRI = weights_EOI.reshape(num_experts * tiles, ROWS, inner)
+    return stack_XRI, lambda expert, row: [(expert * tiles + row // ROWS + n, 0) for n in range(PIECES)]
 
 
 def part_of(block, *, all_steps, num_blocks: int):
@@ -432,17 +453,20 @@ def _wait_for_signals(signal_gmem, count: int) -> None:
 def default_settings(x_TD) -> dict[str, int]:
     """A ring that fills shared memory."""
     tokens = padded_tokens(x_TD.shape[0])
-    depth = 128 if tokens <= 16 else 64
+    return _settings(128 if tokens <= 16 else 64, tokens)
+
+
+def _settings(depth: int, tokens: int) -> dict[str, int]:
     slot_bytes = 2 * depth * (PIECES * ROWS + tokens)
-    return dict(depth=depth, stages=(200 << 10) // slot_bytes)
+    other_bytes = PIECES * ROWS * tokens * (2 + 4)  # results on their way out, biases on their way in
+    return dict(depth=depth, stages=((222 << 10) - other_bytes) // slot_bytes)
 
 
 def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> list[dict[str, int]]:
     """Settings worth trying, the default first."""
-    default = default_settings(x_TD)
-    other_depth = 192 - default["depth"]
-    other = dict(depth=other_depth, stages=default["stages"] * default["depth"] // other_depth)
-    return [default, default | dict(stages=default["stages"] - 1), other]
+    default, tokens = default_settings(x_TD), padded_tokens(x_TD.shape[0])
+    others = [_settings(depth, tokens) for depth in (64, 128, 256) if depth != default["depth"]]
+    return [default, default | dict(stages=default["stages"] - 1), *(each for each in others if each["stages"] > 1)]
 
 
 def shape_key(routing: Routing, up_EGFD) -> str:
