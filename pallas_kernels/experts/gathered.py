@@ -31,7 +31,7 @@ def experts(
 def _supports(device: Device, x_TD, routing, up_EGFD, down_EDF, **arguments) -> str | None:
     num_choices, num_experts = routing.experts_TA.size, up_EGFD.shape[0]
     if num_choices > num_experts:
-        return f"it copies one expert for each of the {num_choices} choices; from more than {num_experts} on that is more than all"
+        return f"it copies one expert for each of the {num_choices} choices, more than the {num_experts} there are"
     return None
 
 
