@@ -65,9 +65,16 @@ def explain(
 
 
 def _implementations() -> tuple[dispatch.Implementation, ...]:
-    from pallas_kernels.experts import gathered, grouped_sm90, ragged, reference
+    from pallas_kernels.experts import compact_sm90, decode_sm90, gathered, grouped_sm90, ragged, reference
 
-    return (grouped_sm90.IMPLEMENTATION, gathered.IMPLEMENTATION, ragged.IMPLEMENTATION, reference.IMPLEMENTATION)
+    return (
+        decode_sm90.IMPLEMENTATION,
+        compact_sm90.IMPLEMENTATION,
+        grouped_sm90.IMPLEMENTATION,
+        gathered.IMPLEMENTATION,
+        ragged.IMPLEMENTATION,
+        reference.IMPLEMENTATION,
+    )
 
 
 def _check(x_TD, routing: Routing, up_EGFD, down_EDF, activation, up_bias_EGF, down_bias_ED) -> None:

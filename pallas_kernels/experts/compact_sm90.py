@@ -21,12 +21,16 @@ from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts import grouped_plan, grouped_rows_sm90
 from pallas_kernels.experts.decode_sm90 import shape_key
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
+from pallas_kernels.experts.plan import padded_tokens
 from pallas_kernels.experts.streaming_sm90 import (
     COMPILER,
+    PIECES,
     ROWS,
+    WeightTiles,
     add_to_rows,
     fill_ring,
     let_next_launch_start,
+    load_pieces,
     on_producer_warp,
     store_transposed,
     wait_for_previous_launch,
@@ -35,16 +39,15 @@ from pallas_kernels.route.api import Routing
 
 NAME = "compact"
 TOKEN_TILES = (8, 16, 32, 64, 128)
-MOST_TOKENS = 1024
+MOST_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """depth: columns of a weight tile, a step of the sum. stages: of the ring. warpgroups: that multiply, 64 rows each."""
+    """depth: columns of a weight tile, a step of the sum. stages: of the ring."""
 
     depth: int
     stages: int
-    warpgroups: int
 
 
 def experts(
@@ -63,7 +66,7 @@ def experts(
     if settings is None:
         settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0])
     if settings is None:
-        settings = default_settings(x_TD, routing, up_EGFD, num_sms=device.num_sms)
+        settings = default_settings(x_TD)
     return _experts(
         x_TD,
         routing,
@@ -73,8 +76,8 @@ def experts(
         down_bias_ED,
         activation=activation,
         first_expert=first_expert,
-        up_tile=Tile(settings["up_depth"], settings["up_stages"], settings["up_warpgroups"]),
-        down_tile=Tile(settings["down_depth"], settings["down_stages"], settings["down_warpgroups"]),
+        up_tile=Tile(settings["up_depth"], settings["up_stages"]),
+        down_tile=Tile(settings["down_depth"], settings["down_stages"]),
         num_sms=device.num_sms,
         is_interpreted=device.is_interpreted,
     )
@@ -154,7 +157,8 @@ def _matmul(
 ):
     """`[M, O]`: `finish` of the products of each gate, `[64, tokens]` each, for the rows of every expert."""
     _, gates, width, inner = weights_EGOI.shape
-    rows, stages = ROWS * tile.warpgroups, tile.stages
+    weights = WeightTiles.of(weights_EGOI)
+    rows, stages = weights.rows, tile.stages
     token_tiles = [tokens for tokens in TOKEN_TILES if tokens <= most_tokens]
     steps = pl.cdiv(inner, tile.depth)  # of one item: a tile of tokens and a tile of weights
     weight_tiles = pl.cdiv(width, rows)
@@ -163,7 +167,7 @@ def _matmul(
         *bias_gmem, out_gmem = rest
         rows_smem, weights_smem, out_smem = scratch["rows_smem"], scratch["weights_smem"], scratch["out_smem"]
         full, empty = scratch["full"], scratch["empty"]
-        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        block = lax.axis_index("block")
         if not is_second:
             wait_for_previous_launch(is_interpreted)
             let_next_launch_start(is_interpreted)
@@ -173,6 +177,9 @@ def _matmul(
         def item_of(i):
             item = block + i * num_sms
             return item // weight_tiles, lax.rem(item, weight_tiles) * rows
+
+        def places_of_bias(row):
+            return [(n, row) if gates == PIECES else (0, row + n * ROWS) for n in range(PIECES)]
 
         def with_token_tile(size, do) -> None:
             """`do` with the smallest tile that holds `size` tokens."""
@@ -186,11 +193,9 @@ def _matmul(
 
             def load_weights(j):
                 tile_index, row, columns, slot = place_of(j)
-                expert = expert_gmem[tile_index]
-                for part in range(tile.warpgroups):
-                    for gate in range(gates):
-                        weights = weights_gmem.at[expert, gate, pl.ds(row + part * ROWS, ROWS), columns]
-                        plgpu.copy_gmem_to_smem(weights, weights_smem.at[slot, part, gate], full.at[slot])
+                places = weights.places(expert_gmem[tile_index], row)
+                slot_smem = weights_smem.at[slot]
+                load_pieces(weights_gmem, places, columns, slot_smem, full.at[slot], in_one_copy=weights.follow)
 
             def load_rows(j):
                 tile_index, _, columns, slot = place_of(j)
@@ -213,13 +218,14 @@ def _matmul(
                 pl.loop(0, ahead)(load_rows)
             fill_ring(my_items * steps, stages, empty, load_both, start=ahead)
 
-        on_producer_warp(stream, warpgroup=tile.warpgroups)
+        on_producer_warp(stream, warpgroup=1)
 
         def compute_item(i):
             tile_index, row = item_of(i)
             if bias_gmem:
-                window = bias_gmem[0].at[expert_gmem[tile_index], :, pl.ds(row + warpgroup * ROWS, ROWS)]
-                plgpu.copy_gmem_to_smem(window, scratch["bias_smem"].at[warpgroup], scratch["bias_full"].at[warpgroup])
+                for n, (gate, first) in enumerate(places_of_bias(row)):
+                    window = bias_gmem[0].at[expert_gmem[tile_index], gate, pl.ds(first, ROWS)]
+                    plgpu.copy_gmem_to_smem(window, scratch["bias_smem"].at[n], scratch["bias_full"])
 
             def compute(tokens):
                 def multiply(*accumulators):
@@ -228,55 +234,53 @@ def _matmul(
                         slot = lax.rem(i * steps + k, stages)
                         plgpu.barrier_wait(full.at[slot])
                         tokens_smem = rows_smem.at[slot, pl.ds(0, tokens)].T
-                        for gate, acc in enumerate(accumulators):
-                            plgpu.wgmma(acc, weights_smem.at[slot, warpgroup, gate], tokens_smem)
+                        for piece, acc in enumerate(accumulators):
+                            plgpu.wgmma(acc, weights_smem.at[slot, piece], tokens_smem)
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
 
                     return [acc[...] for acc in accumulators]
 
-                parts = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, tokens))] * gates)
+                parts = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, tokens))] * PIECES)
                 if bias_gmem:
-                    plgpu.barrier_wait(scratch["bias_full"].at[warpgroup])
-                    parts = [
-                        add_to_rows(part, scratch["bias_smem"].at[warpgroup, gate]) for gate, part in enumerate(parts)
-                    ]
+                    plgpu.barrier_wait(scratch["bias_full"])
+                    parts = [add_to_rows(part, scratch["bias_smem"].at[n]) for n, part in enumerate(parts)]
+                results = [finish(parts)] if gates == PIECES else [finish([part]) for part in parts]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                mine_smem = out_smem.at[warpgroup, pl.ds(0, tokens)]
-                store_transposed(finish(parts).astype(dtype), mine_smem)
+                for n, result in enumerate(results):
+                    store_transposed(result.astype(dtype), out_smem.at[n, pl.ds(0, tokens)])
                 plgpu.commit_smem()
-                columns = pl.ds(row + warpgroup * ROWS, ROWS)
-                plgpu.copy_smem_to_gmem(
-                    mine_smem, out_gmem.at[pl.ds(start_gmem[tile_index] // ROWS * ROWS, tokens), columns]
-                )
+                first_token = start_gmem[tile_index] // ROWS * ROWS
+                for n in range(len(results)):
+                    target = out_gmem.at[pl.ds(first_token, tokens), pl.ds(row + n * ROWS, ROWS)]
+                    plgpu.copy_smem_to_gmem(out_smem.at[n, pl.ds(0, tokens)], target)
 
             with_token_tile(size_gmem[tile_index], compute)
 
-        @pl.when(warpgroup < tile.warpgroups)
+        @pl.when(lax.axis_index("warpgroup") == 0)
         def compute_all():
             pl.loop(0, my_items)(compute_item)
             plgpu.wait_smem_to_gmem(0)
 
     scratch = dict(
         rows_smem=plgpu.SMEM((stages, most_tokens, tile.depth), rows_MI.dtype),
-        weights_smem=plgpu.SMEM((stages, tile.warpgroups, gates, ROWS, tile.depth), weights_EGOI.dtype),
-        out_smem=plgpu.SMEM((tile.warpgroups, most_tokens, ROWS), dtype),
-        full=plgpu.Barrier(num_arrivals=tile.warpgroups * gates + 1, num_barriers=stages),
-        empty=plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=stages),
+        weights_smem=plgpu.SMEM((stages, PIECES, ROWS, tile.depth), weights_EGOI.dtype),
+        out_smem=plgpu.SMEM((rows // ROWS, most_tokens, ROWS), dtype),
+        full=plgpu.Barrier(num_arrivals=2 if weights.follow else 1 + PIECES, num_barriers=stages),
+        empty=plgpu.Barrier(num_barriers=stages),
     )
-    operands = [rows_MI, plan.expert_X, plan.start_X, plan.size_X, plan.num_tiles_1, weights_EGOI]
+    operands = [rows_MI, plan.expert_X, plan.start_X, plan.size_X, plan.num_tiles_1, weights.stack_XRI]
     if bias_EGO is not None:
         operands.append(bias_EGO)
         scratch |= dict(
-            bias_smem=plgpu.SMEM((tile.warpgroups, gates, ROWS), bias_EGO.dtype),
-            bias_full=plgpu.Barrier(num_barriers=tile.warpgroups),
+            bias_smem=plgpu.SMEM((PIECES, ROWS), bias_EGO.dtype), bias_full=plgpu.Barrier(num_arrivals=PIECES)
         )
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows_MI.shape[0], width), dtype),
         grid=(num_sms,),
         grid_names=("block",),
-        num_threads=tile.warpgroups + 1,
+        num_threads=2,
         thread_name="warpgroup",
         kernel_name="experts_compact_down" if is_second else "experts_compact_up",
         scratch_types=scratch,
@@ -284,24 +288,27 @@ def _matmul(
     )(*operands)
 
 
-def default_settings(x_TD, routing: Routing, up_EGFD, *, num_sms: int) -> dict[str, int]:
-    """Rings of about 100 KiB for each launch, so that both fit on a multiprocessor together."""
-    gates, tokens = up_EGFD.shape[1], min(x_TD.shape[0], TOKEN_TILES[-1])
-    depth = 64
+def default_settings(x_TD) -> dict[str, int]:
+    """Rings that fill shared memory beside the results, which leave it in float32 the second time."""
+    tokens = min(padded_tokens(len(x_TD)), TOKEN_TILES[-1])
+    return _settings(128 if tokens <= 64 else 64, tokens)
+
+
+def _settings(depth: int, tokens: int) -> dict[str, int]:
+    slot_bytes = 2 * depth * (PIECES * ROWS + tokens)
+    up_bytes, down_bytes = 222 << 10, (222 << 10) - PIECES * ROWS * tokens * 4
     return dict(
         up_depth=depth,
-        up_stages=(88 << 10) // (2 * depth * (gates * ROWS + tokens)),
-        up_warpgroups=1,
+        up_stages=(up_bytes - PIECES * ROWS * tokens * 2) // slot_bytes,
         down_depth=depth,
-        down_stages=(72 << 10) // (2 * depth * (ROWS + tokens)),
-        down_warpgroups=1,
+        down_stages=down_bytes // slot_bytes,
     )
 
 
 def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> list[dict[str, int]]:
     """Settings worth trying, the default first."""
-    default = default_settings(x_TD, routing, up_EGFD, num_sms=dispatch.current_device().num_sms)
-    return [default, default | dict(up_warpgroups=2, down_warpgroups=2)]
+    default, tokens = default_settings(x_TD), min(padded_tokens(len(x_TD)), TOKEN_TILES[-1])
+    return [default, _settings(192 - default["up_depth"], tokens)]
 
 
 def _supports(device: dispatch.Device, x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> str | None:

@@ -26,12 +26,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
 from pallas_kernels.experts.plan import decode_plan, padded_tokens
-from pallas_kernels.experts.streaming_sm90 import COMPILER, ROWS, add_to_rows, on_producer_warp, store_transposed
+from pallas_kernels.experts.streaming_sm90 import (
+    COMPILER,
+    PIECES,
+    ROWS,
+    WeightTiles,
+    add_to_rows,
+    load_pieces,
+    on_producer_warp,
+    store_transposed,
+)
 from pallas_kernels.route.api import NUM_SIGNALS, DecodePlan, Routing
 
 NAME = "decode"
 MOST_TOKENS = 64
-PIECES = 2  # weight tiles of 64 rows in a slot of the ring: gate and linear part, or two that follow each other
 
 
 def experts(
@@ -124,20 +132,12 @@ def _launch(
     """The phases of one launch: (`[U, T, F]` hidden values by place in `plan.active_E`, `[T, D]` result)."""
     _, gates, width, model_width = up_EGFD.shape
     num_tokens, tokens = x_TD.shape[0], plan.combine_ET.shape[1]
-    up_rows, down_rows = ROWS * PIECES // gates, ROWS * PIECES
+    up_weights, down_weights = WeightTiles.of(up_EGFD), WeightTiles.of(down_EDF[:, None])
+    up_rows, down_rows = up_weights.rows, down_weights.rows
     up_tiles, up_steps = pl.cdiv(width, up_rows), pl.cdiv(model_width, depth)
     down_tiles, steps_per_expert = pl.cdiv(model_width, down_rows), pl.cdiv(width, depth)
     is_fused = len(phases) == 2
-    if gates == PIECES:
-        up_XRD, places_of_up = (
-            up_EGFD.reshape(-1, width, model_width),
-            lambda expert, row: [(expert * PIECES + gate, row) for gate in range(PIECES)],
-        )
-    else:
-        up_XRD, places_of_up = _stack_of_tiles(up_EGFD[:, 0])
-    down_XRF, places_of_down = _stack_of_tiles(down_EDF)
-    # One copy loads both pieces of a slot where they follow each other in the stack: fewer copies, less work to issue them.
-    copies = 1 if down_XRF.shape[1] == ROWS and (gates == PIECES or up_XRD.shape[1] == ROWS) else PIECES
+    in_one_copy = up_weights.follow and down_weights.follow
     batch = max(1, 64 // tokens)  # partial sums of other blocks that are loaded together
     accumulators = [plgpu.ACC((ROWS, tokens))] * PIECES
 
@@ -185,14 +185,7 @@ def _launch(
                 return slot
 
             def load_weights(slot, tiles_gmem, places, columns):
-                if copies == 1:
-                    (first, row), _ = places
-                    window = tiles_gmem.at[pl.ds(first, PIECES), pl.ds(row, ROWS), columns]
-                    plgpu.copy_gmem_to_smem(window, weights_smem.at[slot], full.at[slot])
-                else:
-                    for n, (first, row) in enumerate(places):
-                        window = tiles_gmem.at[first, pl.ds(row, ROWS), columns]
-                        plgpu.copy_gmem_to_smem(window, weights_smem.at[slot, n], full.at[slot])
+                load_pieces(tiles_gmem, places, columns, weights_smem.at[slot], full.at[slot], in_one_copy=in_one_copy)
 
             @pl.loop(0, my_items)
             def _item(i):
@@ -202,7 +195,7 @@ def _launch(
                 @pl.loop(0, up_steps)
                 def _step(k):
                     slot, columns = reserve(i * up_steps + k), columns_of(k)
-                    load_weights(slot, up_gmem, places_of_up(expert, row), columns)
+                    load_weights(slot, up_gmem, up_weights.places(expert, row), columns)
                     plgpu.copy_gmem_to_smem(x_gmem.at[_whole(tokens), columns], tokens_smem.at[slot], full.at[slot])
 
             def place(r):
@@ -213,7 +206,7 @@ def _launch(
             def load_down(r):
                 row, u, k = place(r)
                 expert = active_gmem[u]
-                load_weights(reserve(up_loads + r), down_gmem, places_of_down(expert, row), columns_of(k))
+                load_weights(reserve(up_loads + r), down_gmem, down_weights.places(expert, row), columns_of(k))
 
             def load_hidden(r):
                 _, u, k = place(r)
@@ -353,7 +346,7 @@ def _launch(
         weights_smem=plgpu.SMEM((stages, PIECES, ROWS, depth), dtype),
         tokens_smem=plgpu.SMEM((stages, tokens, depth), dtype),
         out_smem=plgpu.SMEM((PIECES, tokens, ROWS), dtype),
-        full=plgpu.Barrier(num_arrivals=copies + 1, num_barriers=stages),
+        full=plgpu.Barrier(num_arrivals=2 if in_one_copy else 1 + PIECES, num_barriers=stages),
         empty=plgpu.Barrier(num_barriers=stages),
         hidden_ready=plgpu.Barrier(),
     )
@@ -388,18 +381,16 @@ def _launch(
         kernel_name="experts_decode",
         scratch_types=scratch,
         compiler_params=COMPILER,
-    )(x_TD, plan.combine_ET, plan.active_E, plan.num_active, up_XRD, down_XRF, *optional.values())
+    )(
+        x_TD,
+        plan.combine_ET,
+        plan.active_E,
+        plan.num_active,
+        up_weights.stack_XRI,
+        down_weights.stack_XRI,
+        *optional.values(),
+    )
     return hidden_UTF, y_TD
-
-
-def _stack_of_tiles(weights_EOI):
-    """The matrices as one stack of tiles `[X, 64, I]`, if they divide so, and where in it the pieces of some rows are."""
-    num_experts, rows, inner = weights_EOI.shape
-    if rows % ROWS:
-        return weights_EOI, lambda expert, row: [(expert, row + n * ROWS) for n in range(PIECES)]
-    tiles = rows // ROWS
-    stack_XRI = weights_EOI.reshape(num_experts * tiles, ROWS, inner)
-    return stack_XRI, lambda expert, row: [(expert * tiles + row // ROWS + n, 0) for n in range(PIECES)]
 
 
 def part_of(block, *, all_steps, num_blocks: int):

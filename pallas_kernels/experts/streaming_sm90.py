@@ -6,12 +6,58 @@ of the multiplications by the number of slots.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a weight tile: wgmma's M
+PIECES = 2  # weight tiles in a slot of the ring: gate and linear part, or two that follow each other
 COMPILER = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightTiles:
+    """Matrices `[E, G, O, I]` as a stack `[X, rows, I]`, and where in it the two pieces of a slot are.
+
+    `places(expert, row)`: (index in the stack, first row) of each piece. Gated: rows `row` up to `row + 64` of gate and linear
+    part; not gated: rows `row` up to `row + 128`. If `follow`, the second piece is the first's successor in the stack, and one
+    copy can load both.
+    """
+
+    stack_XRI: jax.Array
+    places: Callable[[Any, Any], list[tuple[Any, Any]]]
+    rows: int
+    follow: bool
+
+    @classmethod
+    def of(cls, weights_EGOI) -> WeightTiles:
+        num_experts, gates, rows, inner = weights_EGOI.shape
+        if gates == PIECES:
+            stack_XRI = weights_EGOI.reshape(num_experts * gates, rows, inner)
+            return cls(stack_XRI, lambda expert, row: [(expert * gates + n, row) for n in range(PIECES)], ROWS, True)
+        if rows % ROWS:
+            stack_XRI = weights_EGOI.reshape(num_experts, rows, inner)
+            both = lambda expert, row: [(expert, row + n * ROWS) for n in range(PIECES)]  # noqa: E731
+            return cls(stack_XRI, both, ROWS * PIECES, False)
+        tiles = rows // ROWS
+        stack_XRI = weights_EGOI.reshape(num_experts * tiles, ROWS, inner)
+        both = lambda expert, row: [(expert * tiles + row // ROWS + n, 0) for n in range(PIECES)]  # noqa: E731
+        return cls(stack_XRI, both, ROWS * PIECES, True)
+
+
+def load_pieces(stack_gmem, places, columns, slot_smem, full, *, in_one_copy: bool) -> None:
+    """Starts to load both pieces. Each copy costs the producer warp dozens of barrier operations: better one than two."""
+    if in_one_copy:
+        (first, row), _ = places
+        plgpu.copy_gmem_to_smem(stack_gmem.at[pl.ds(first, PIECES), pl.ds(row, ROWS), columns], slot_smem, full)
+    else:
+        for n, (first, row) in enumerate(places):
+            plgpu.copy_gmem_to_smem(stack_gmem.at[first, pl.ds(row, ROWS), columns], slot_smem.at[n], full)
 
 
 def on_producer_warp(stream, *, warpgroup: int) -> None:
