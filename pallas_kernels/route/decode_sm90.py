@@ -1,0 +1,651 @@
+"""Routing a few tokens in one launch: gate matmul, choice and decode plan, in one cluster of blocks on Hopper.
+
+The gate's columns are dealt out to the blocks of the cluster, so that together they read it quickly. Each multiplies its
+columns by the tokens' (the gate is `wgmma`'s A, the tokens are N) and pushes the partial logits into the shared memory of
+the block that owns the tokens: groups of eight, one owner each. The owner adds the parts in a fixed order.
+
+Choosing needs neither a sort nor a loop over the choices. A warpgroup has one token; an expert's rank is the number of
+experts that beat it, counted on a 64 x 64 tile of comparisons at a time: E squared comparisons, but no chain of
+dependent reductions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mosaic_gpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Device, Implementation
+from pallas_kernels.route.api import NUM_SIGNALS, DecodePlan, Routing, RoutingRule
+
+MAX_TOKENS = 64
+MAX_EXPERTS = 384
+TILE = 64  # rows of a wgmma operand; columns of 128 bytes
+GROUP = 8  # tokens that one block owns
+MAX_BLOCKS = 8  # the largest portable cluster
+STAGE_BYTES = 96 * 1024  # of the ring that the gate streams through
+
+# The cluster barrier is not specified to order global memory between blocks.
+FENCE = "fence.acq_rel.gpu;"
+_OPERAND = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
+_PART = (plgpu.TilingTransform((8, GROUP)), plgpu.SwizzleTransform(32))
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector that varies along the rows of a tile
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # one that varies along its columns
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What the kernel is compiled for. `experts` are real ones, `rows` those of the gate array, `tiles` of 64 cover them."""
+
+    tokens: int
+    experts: int
+    rows: int
+    width: int
+    blocks: int
+
+    @property
+    def token_tile(self) -> int:
+        return max(GROUP, 1 << (self.tokens - 1).bit_length())
+
+    @property
+    def groups(self) -> int:
+        return self.token_tile // GROUP
+
+    @property
+    def tiles(self) -> int:
+        return pl.cdiv(self.rows, TILE)
+
+    @property
+    def width_tiles(self) -> int:
+        return self.width // TILE
+
+    @property
+    def workers(self) -> int:
+        """Warpgroups that multiply and choose; one more loads. With many experts, each needs more registers."""
+        return 4 if self.tiles <= 2 else 2 if self.tiles <= 4 else 1
+
+    @property
+    def multipliers(self) -> int:
+        """Workers that have a row tile of the gate."""
+        return min(self.workers, self.tiles)
+
+    @property
+    def groups_per_owner(self) -> int:
+        return pl.cdiv(self.groups, self.blocks)
+
+    @property
+    def stages(self) -> int:
+        stage_bytes = 2 * TILE * (self.tiles * TILE + self.token_tile)
+        return max(2, min(pl.cdiv(self.width_tiles, self.blocks), STAGE_BYTES // stage_bytes))
+
+
+def route(x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None) -> Routing:
+    blocks = _blocks(dispatch.current_device().num_sms, x_TD.shape[1] // TILE)
+    return _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, rule=rule, blocks=blocks)
+
+
+def _blocks(num_sms: int, width_tiles: int) -> int:
+    """Blocks in the cluster: a power of two, each with something to multiply."""
+    # The interpreter has no access to the shared memory of other blocks: there, on its 2 multiprocessors, 1 block.
+    return min(MAX_BLOCKS, 1 << (width_tiles.bit_length() - 1)) if num_sms >= MAX_BLOCKS else 1
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "blocks"))
+def _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, *, rule: RoutingRule, blocks: int) -> Routing:
+    (num_tokens, width), num_experts = x_TD.shape, gate_ED.shape[0]
+    x_TD, gate_ED = _rows_for_tma(x_TD), _rows_for_tma(gate_ED)
+    rows = gate_ED.shape[0]
+    sizes = _Sizes(num_tokens, num_experts, rows, width, blocks)
+    biases = {"gate": gate_bias_E, "selection": selection_bias_E}
+    biases = {name: bias_E.astype(jnp.float32) for name, bias_E in biases.items() if bias_E is not None}
+    weights_TA, experts_TA, logits_TE, combine_ET, active_E, num_active, signals, _ = plgpu.kernel(
+        functools.partial(_route_kernel, sizes=sizes, rule=rule, bias_names=tuple(biases)),
+        out_type=(
+            jax.ShapeDtypeStruct((num_tokens, rule.top_k), jnp.float32),
+            jax.ShapeDtypeStruct((num_tokens, rule.top_k), jnp.int32),
+            jax.ShapeDtypeStruct((num_tokens, rows), jnp.float32),
+            jax.ShapeDtypeStruct((rows, sizes.token_tile), jnp.float32),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            jax.ShapeDtypeStruct((NUM_SIGNALS,), jnp.int32),
+            jax.ShapeDtypeStruct((blocks, sizes.tiles, TILE), jnp.int32),  # flags from block to block
+        ),
+        cluster=(blocks,),
+        cluster_names=("block",),
+        num_threads=sizes.workers + 1,
+        thread_name="warpgroup",
+        kernel_name="route_decode",
+        scratch_types=_scratch(sizes, num_biases=len(biases)),
+        compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(x_TD, gate_ED, *biases.values())
+    plan = DecodePlan(combine_ET[:num_experts], active_E[:num_experts], num_active, signals)
+    return Routing(weights_TA, experts_TA, logits_TE[:, :num_experts], plan)
+
+
+def _rows_for_tma(array_RD: jax.Array) -> jax.Array:
+    """TMA wants fewer than 8 rows or a multiple of 8. Rows past the end of an array read as zeros."""
+    rows = array_RD.shape[0]
+    return array_RD if rows < 8 else jnp.pad(array_RD, ((0, -rows % 8), (0, 0)))
+
+
+def _scratch(sizes: _Sizes, *, num_biases: int) -> dict[str, Any]:
+    tiles, stages, owned = sizes.tiles, sizes.stages, sizes.groups_per_owner
+    return dict(
+        gate_smem=plgpu.SMEM((stages, tiles, TILE, TILE), jnp.bfloat16, transforms=_OPERAND),
+        x_smem=plgpu.SMEM((stages, sizes.token_tile, TILE), jnp.bfloat16, transforms=_OPERAND),
+        bias_smem=plgpu.SMEM((max(1, num_biases), tiles, TILE), jnp.float32),
+        parts_smem=plgpu.SMEM((owned, sizes.blocks, tiles, TILE, GROUP), jnp.float32, transforms=_PART),
+        logits_smem=plgpu.SMEM((owned, tiles, GROUP, TILE), jnp.float32),
+        ranks_smem=plgpu.SMEM((owned, tiles, GROUP, TILE), jnp.int32),
+        combine_smem=plgpu.SMEM((owned, tiles, GROUP, TILE), jnp.float32),
+        # One token's numbers on their way from rows to columns, for each worker.
+        scores_smem=plgpu.SMEM((sizes.workers, _Choice.NUM_SCORES, tiles, TILE), jnp.float32),
+        turned_smem=plgpu.SMEM((sizes.workers, TILE, GROUP), jnp.float32),
+        chosen_weights_smem=plgpu.SMEM((sizes.workers, TILE), jnp.float32),
+        chosen_experts_smem=plgpu.SMEM((sizes.workers, TILE), jnp.int32),
+        counts_smem=plgpu.SMEM((2, tiles * TILE), jnp.int32),
+        full=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
+        empty=plgpu.Barrier(num_arrivals=sizes.multipliers, num_barriers=stages),
+        biases_loaded=plgpu.Barrier(num_arrivals=max(1, num_biases * tiles)),
+        parts_received=plgpu.Barrier(num_arrivals=owned * sizes.blocks * tiles),
+        logits_done=plgpu.Barrier(num_arrivals=sizes.workers),
+        tokens_done=plgpu.Barrier(num_arrivals=sizes.workers),
+        blocks_done=plgpu.ClusterBarrier(collective_axes=("block",)),
+    )
+
+
+def _route_kernel(x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, bias_names: tuple[str, ...], **scratch):
+    bias_gmems, outputs = refs[: len(bias_names)], refs[len(bias_names) :]
+    weights_gmem, experts_gmem, logits_gmem, combine_gmem, active_gmem, num_active_gmem, signals_gmem, flags_gmem = (
+        outputs
+    )
+    smem = types.SimpleNamespace(**scratch)
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    is_owner = block < sizes.groups
+
+    @pl.when(warpgroup == sizes.workers)
+    def _():
+        @plgpu.warp_map
+        def _(warp):
+            @pl.when(warp == 0)
+            def _():
+                _load(sizes, x_gmem, gate_gmem, bias_gmems, smem, block)
+
+    @pl.when((warpgroup == sizes.workers - 1) & (block == sizes.blocks - 1))
+    def _():
+        zeros = jnp.zeros((NUM_SIGNALS,), jnp.int32)
+        signals_gmem[...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((NUM_SIGNALS,), vec_size=4))
+
+    @pl.when(warpgroup < sizes.multipliers)
+    def _():
+        _multiply(sizes, smem, block, warpgroup)
+
+    @pl.when((warpgroup < sizes.workers) & is_owner)
+    def _():
+        if bias_names:
+            plgpu.barrier_wait(smem.biases_loaded)
+        plgpu.barrier_wait(smem.parts_received)
+        _add_parts(sizes, smem, warpgroup)
+        plgpu.barrier_arrive(smem.logits_done)
+        plgpu.barrier_wait(smem.logits_done)
+        choice = _Choice(sizes, rule, bias_names, smem, warpgroup)
+
+        @pl.loop(0, sizes.groups_per_owner * (GROUP // sizes.workers))
+        def _(turn):
+            owned, place = (
+                turn // (GROUP // sizes.workers),
+                warpgroup + sizes.workers * lax.rem(turn, GROUP // sizes.workers),
+            )
+            token = (block + owned * sizes.blocks) * GROUP + place
+
+            @pl.when(token < sizes.tokens)
+            def _():
+                choice.choose(owned, place, token, weights_gmem, experts_gmem, logits_gmem)
+
+            @pl.when(token >= sizes.tokens)
+            def _():
+                choice.choose_nothing(owned, place)
+
+        plgpu.barrier_arrive(smem.tokens_done)
+        plgpu.barrier_wait(smem.tokens_done)
+        _write_combine(sizes, smem, combine_gmem, block, warpgroup)
+
+    @pl.when(warpgroup == 0)
+    def _():
+        if sizes.groups > 1 and sizes.blocks > 1:
+
+            @pl.when(is_owner)
+            def _():
+                for i, flags in enumerate(_own_flags(sizes, rule, smem)):
+                    flags_gmem[block, i] = flags
+
+            inline_ptx(FENCE)
+            plgpu.barrier_arrive(smem.blocks_done)
+
+        @pl.when(block == 0)
+        def _():
+            flags = _own_flags(sizes, rule, smem)
+            if sizes.groups > 1 and sizes.blocks > 1:
+                plgpu.barrier_wait(smem.blocks_done)
+                inline_ptx(FENCE)
+                for i in range(sizes.tiles):
+                    for owner in range(1, min(sizes.blocks, sizes.groups)):
+                        other = plgpu.load(flags_gmem.at[owner, i], layout=ROWS, optimized=False)
+                        flags[i] = jnp.maximum(flags[i], other)
+            _write_active(sizes, smem, flags, active_gmem, num_active_gmem)
+
+
+def _load(sizes: _Sizes, x_gmem, gate_gmem, bias_gmems, smem, block) -> None:
+    """One warp streams the block's columns of gate and tokens through the ring."""
+    for index, bias_gmem in enumerate(bias_gmems):
+        for i in range(sizes.tiles):
+            source = bias_gmem.at[pl.ds(_traced(i * TILE), TILE)]
+            plgpu.copy_gmem_to_smem(source, smem.bias_smem.at[index, i], smem.biases_loaded)
+
+    @pl.loop(0, _num_steps(sizes, block))
+    def _(step):
+        slot, columns = lax.rem(step, sizes.stages), pl.ds((block + step * sizes.blocks) * TILE, TILE)
+
+        @pl.when(step >= sizes.stages)
+        def _():
+            plgpu.barrier_wait(smem.empty.at[slot])
+
+        for i in range(sizes.tiles):
+            source = gate_gmem.at[pl.ds(_traced(i * TILE), TILE), columns]
+            plgpu.copy_gmem_to_smem(source, smem.gate_smem.at[slot, i], smem.full.at[slot])
+        source = x_gmem.at[pl.ds(_traced(0), sizes.token_tile), columns]
+        plgpu.copy_gmem_to_smem(source, smem.x_smem.at[slot], smem.full.at[slot])
+
+
+def _num_steps(sizes: _Sizes, block):
+    return (sizes.width_tiles - block + sizes.blocks - 1) // sizes.blocks
+
+
+def _traced(start: int):
+    """A start that Pallas does not compare with the array's size: TMA fills what lies outside with zeros."""
+    return lax.axis_index("block") * 0 + start
+
+
+def _multiply(sizes: _Sizes, smem, block, warpgroup) -> None:
+    """A worker's row tiles of the gate times all tokens, pushed to the tokens' owners."""
+    num_steps = _num_steps(sizes, block)
+
+    def accumulate(*accumulators):
+        @pl.loop(0, num_steps)
+        def _(step):
+            slot = lax.rem(step, sizes.stages)
+            plgpu.barrier_wait(smem.full.at[slot])
+            for turn, acc in enumerate(accumulators):
+                tile = lax.min(warpgroup + turn * sizes.workers, sizes.tiles - 1)
+                plgpu.wgmma(acc, smem.gate_smem.at[slot, tile], smem.x_smem.at[slot].T)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(smem.empty.at[slot])
+
+        return tuple(acc[...] for acc in accumulators)
+
+    turns = pl.cdiv(sizes.tiles, sizes.workers)
+    parts = pl.run_scoped(accumulate, *[plgpu.ACC((TILE, sizes.token_tile))] * turns)
+
+    for turn, part in enumerate(parts):
+        tile = warpgroup + turn * sizes.workers
+
+        @pl.when(tile < sizes.tiles)
+        def _(part=part, tile=tile):
+            for group in range(sizes.groups):
+                values = part[:, group * GROUP : (group + 1) * GROUP]
+                owner, owned = group % sizes.blocks, group // sizes.blocks
+                _push(sizes, values, smem.parts_smem.at[owned, block, tile], smem.parts_received, owner)
+
+
+def _push(sizes: _Sizes, values, part_smem, received, owner: int) -> None:
+    if sizes.blocks > 1:
+        plgpu.async_store_smem(
+            values, part_smem, received, cluster_idx=jnp.int32(owner), cluster_dim="block", optimized=False
+        )
+    else:
+        part_smem[...] = values
+        plgpu.barrier_arrive(received)
+
+
+def _add_parts(sizes: _Sizes, smem, warpgroup) -> None:
+    """Adds the blocks' parts, in the order of the blocks, for all tokens that this block owns."""
+    for owned in range(sizes.groups_per_owner):
+        for turn in range(pl.cdiv(sizes.tiles, sizes.workers)):
+            tile = warpgroup + turn * sizes.workers
+
+            @pl.when(tile < sizes.tiles)
+            def _(owned=owned, tile=tile):
+                total = smem.parts_smem[owned, 0, tile]
+                for part in range(1, sizes.blocks):
+                    total = total + smem.parts_smem[owned, part, tile]
+                smem.logits_smem.at[owned, tile].T[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+class _Choice:
+    """One worker's choice of experts for one token after the other.
+
+    Scores live in vectors of 64 that vary along the rows of a tile, one vector for each tile of experts; comparing all
+    with all takes them through shared memory, to read them back varying along the columns.
+    """
+
+    NUM_SCORES = 5
+    EXPS, SELECTION, GROUP_PARTS, GROUP_SCORES, MASKED = range(NUM_SCORES)
+
+    def __init__(self, sizes: _Sizes, rule: RoutingRule, bias_names: tuple[str, ...], smem, warpgroup):
+        self.sizes, self.rule, self.bias_names, self.smem, self.warpgroup = sizes, rule, bias_names, smem, warpgroup
+        self.tiles = range(sizes.tiles)
+        # Columns compared at a time: with more, the vectors of many experts would not fit into registers.
+        self.chunk = min(32 if sizes.tiles <= 2 else 16, max(8, 1 << (sizes.experts - 1).bit_length()))
+        self.num_chunks = pl.cdiv(sizes.experts, self.chunk)
+
+    def choose(self, owned, place, token, weights_gmem, experts_gmem, logits_gmem) -> None:
+        logits = self.logits(owned, place)
+        for i in self.tiles:
+            self.write_row(logits_gmem, token, i, logits[i])
+        scores, exps = self.scores(logits)
+        selection = [self.if_real(i, score) for i, score in enumerate(self.plus_bias("selection", scores))]
+        if self.rule.num_groups > 1:
+            selection = self.only_best_groups(selection)
+        ranks = self.ranks(selection)
+        for i in self.tiles:
+            self.smem.ranks_smem[owned, i, place] = ranks[i]
+        weights = self.weights(scores, exps, ranks)
+        for i in self.tiles:
+            self.smem.combine_smem[owned, i, place] = weights[i]
+        self.write_choices(owned, place, token, weights_gmem, experts_gmem)
+
+    def choose_nothing(self, owned, place) -> None:
+        for i in self.tiles:
+            zeros = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
+            self.smem.combine_smem[owned, i, place] = zeros
+            self.smem.ranks_smem[owned, i, place] = self.row_ids(0) * 0 + self.rule.top_k
+
+    def logits(self, owned, place):
+        """Experts that do not exist get -inf."""
+        logits = [self.rows(self.smem.logits_smem.at[owned, i, place]) for i in self.tiles]
+        return [self.if_real(i, logit) for i, logit in enumerate(self.plus_bias("gate", logits))]
+
+    def plus_bias(self, name: str, values):
+        if name not in self.bias_names:
+            return values
+        bias_smem = self.smem.bias_smem.at[self.bias_names.index(name)]
+        return [value + self.rows(bias_smem.at[i]) for i, value in enumerate(values)]
+
+    def if_real(self, i: int, values):
+        if (i + 1) * TILE <= self.sizes.experts:
+            return values
+        return jnp.where(self.row_ids(i) < self.sizes.experts, values, -jnp.inf)
+
+    def scores(self, logits):
+        """What the choice is made by, and the exponentials of the logits where the rule has a softmax."""
+        if self.rule.score == "sigmoid":
+            return [1.0 / (1.0 + jnp.exp(-logit)) for logit in logits], None
+        self.publish(self.SELECTION, logits)
+        largest = self.over_chunks(lambda c, tile: jnp.maximum(tile, self.columns(self.SELECTION, c)), start=-jnp.inf)
+        peak = jnp.max(largest, axis=1)
+        exps = [jnp.exp(logit - peak) for logit in logits]
+        if self.rule.score == "topk_softmax":
+            return logits, exps
+        total = self.total(self.EXPS, exps)
+        return [value / total for value in exps], exps
+
+    def only_best_groups(self, selection):
+        """Selection scores with -inf in place of the experts outside the best groups."""
+        best = 1 if self.rule.group_score == "max" else 2
+        self.publish(self.SELECTION, selection)
+        parts = [
+            jnp.where(self.count(self.SELECTION, selection, i, self.is_same_group) < best, selection[i], 0.0)
+            for i in self.tiles
+        ]
+        self.publish(self.GROUP_PARTS, parts)
+        group_scores = [self.group_total(self.GROUP_PARTS, i) for i in self.tiles]
+        self.publish(self.GROUP_SCORES, group_scores)
+        kept = []
+        for i in self.tiles:
+            num_better = self.count(self.GROUP_SCORES, group_scores, i, self.is_first_of_other_group)
+            kept.append(jnp.where(num_better < self.rule.top_groups, selection[i], -jnp.inf))
+        return kept
+
+    def group_total(self, name: int, i: int):
+        """The sum of the scores in each expert's group. At most two of a group are not zero, so that any order is exact."""
+        tile = self.over_chunks(lambda c, tile: tile + jnp.where(self.is_same_group(i, c), self.columns(name, c), 0.0))
+        return jnp.sum(tile, axis=1)
+
+    def is_same_group(self, i: int, c):
+        return self.group(self.row_tile_ids(i)) == self.group(self.column_ids(c))
+
+    def is_first_of_other_group(self, i: int, c):
+        """A group counts once, through its first expert, whose order among the others is its group's."""
+        group_size = self.sizes.experts // self.rule.num_groups
+        is_first = lax.rem(self.column_ids(c), group_size) == 0
+        return is_first & ~self.is_same_group(i, c) & (self.column_ids(c) < self.sizes.experts)
+
+    def group(self, ids):
+        return ids // (self.sizes.experts // self.rule.num_groups)
+
+    def ranks(self, selection):
+        self.publish(self.SELECTION, selection)
+        return [self.count(self.SELECTION, selection, i) for i in self.tiles]
+
+    def count(self, name: int, values, i: int, condition: Callable[[int, Any], Any] | None = None):
+        """For each row of tile i: how many columns, on `condition`, are larger, or equal and of a lower id."""
+        mine = lax.broadcast_in_dim(values[i], (TILE, self.chunk), (0,))
+
+        def counting(is_better):
+            def add(c, tile):
+                counted = is_better(c, self.columns(name, c))
+                if condition is not None:
+                    counted = counted & condition(i, c)
+                return tile + jnp.where(counted, 1.0, 0.0)
+
+            return add
+
+        def is_better_near(c, others):
+            return (others > mine) | ((others == mine) & (self.column_ids(c) < self.row_tile_ids(i)))
+
+        first, last = i * TILE // self.chunk, min(self.num_chunks, pl.cdiv((i + 1) * TILE, self.chunk))
+        tile = self.over_chunks(counting(lambda c, others: others >= mine), stop=first)
+        for c in range(first, last):
+            tile = counting(is_better_near)(c, tile)
+        tile = self.over_chunks(counting(lambda c, others: others > mine), first=last, start=tile)
+        return jnp.sum(tile, axis=1).astype(jnp.int32)
+
+    def over_chunks(self, add, *, first: int = 0, stop: int | None = None, start: Any = 0.0):
+        """Folds `add(chunk of columns, tile)` over chunks, from a tile filled with `start`."""
+        if isinstance(start, float):
+            start = plgpu.layout_cast(jnp.full((TILE, self.chunk), start, jnp.float32), plgpu.Layout.WGMMA)
+        return lax.fori_loop(first, self.num_chunks if stop is None else stop, add, start)
+
+    def weights(self, scores, exps, ranks):
+        """The chosen experts' weights, zero elsewhere."""
+        values = exps if self.rule.score == "topk_softmax" else scores
+        weights = [jnp.where(rank < self.rule.top_k, value, 0.0) for rank, value in zip(ranks, values, strict=True)]
+        if self.rule.score == "topk_softmax":
+            total = self.total(self.MASKED, weights)
+            weights = [weight / total for weight in weights]
+        if self.rule.renormalize:
+            total = self.total(self.MASKED, weights) + self.rule.epsilon
+            weights = [weight / total for weight in weights]
+        return [weight * self.rule.scale for weight in weights]
+
+    def write_choices(self, owned, place, token, weights_gmem, experts_gmem) -> None:
+        """Rows are now the places 0 to 63 of the token's choices; each takes the column of its rank."""
+
+        def add(c, tiles):
+            is_mine = self.chunk_of(self.smem.ranks_smem.at[owned], c, place) == self.row_tile_ids(0)
+            weights = self.chunk_of(self.smem.combine_smem.at[owned], c, place)
+            ids = self.column_ids(c).astype(jnp.float32)
+            return tiles[0] + jnp.where(is_mine, weights, 0.0), tiles[1] + jnp.where(is_mine, ids, 0.0)
+
+        zeros = plgpu.layout_cast(jnp.zeros((TILE, self.chunk), jnp.float32), plgpu.Layout.WGMMA)
+        weight, expert = (jnp.sum(tile, axis=1) for tile in lax.fori_loop(0, self.num_chunks, add, (zeros, zeros)))
+        self.smem.chosen_weights_smem[self.warpgroup] = weight
+        self.smem.chosen_experts_smem[self.warpgroup] = expert.astype(jnp.int32)
+
+        @pl.loop(0, self.rule.top_k)
+        def _(place):
+            weights_gmem[token, place] = self.smem.chosen_weights_smem[self.warpgroup, place]
+            experts_gmem[token, place] = self.smem.chosen_experts_smem[self.warpgroup, place]
+
+    def write_row(self, array_gmem, token, i: int, values) -> None:
+        _write_tile(array_gmem.at[token], i, values, self.smem.scores_smem.at[self.warpgroup, self.MASKED, i])
+
+    def publish(self, name: int, values) -> None:
+        for i in self.tiles:
+            self.smem.scores_smem[self.warpgroup, name, i] = values[i]
+
+    def total(self, name: int, values):
+        self.publish(name, values)
+        return jnp.sum(self.over_chunks(lambda c, tile: tile + self.columns(name, c)), axis=1)
+
+    def rows(self, ref):
+        return plgpu.load(ref, layout=ROWS, optimized=False)
+
+    def columns(self, name: int, c):
+        return self.chunk_of(self.smem.scores_smem.at[self.warpgroup], c, name, is_leading=True)
+
+    def chunk_of(self, ref, c, index, *, is_leading: bool = False):
+        """Chunk c of a vector in shared memory, varying along the columns of a tile of 64 rows."""
+        per_tile = TILE // self.chunk
+        tile, columns = c // per_tile, pl.ds(lax.rem(c, per_tile) * self.chunk, self.chunk)
+        vector = plgpu.load(
+            ref.at[index, tile, columns] if is_leading else ref.at[tile, index, columns],
+            layout=COLUMNS,
+            optimized=False,
+        )
+        return lax.broadcast_in_dim(vector, (TILE, self.chunk), (1,))
+
+    def column_ids(self, c):
+        return self.iota(1) + c * self.chunk
+
+    def row_tile_ids(self, i: int):
+        return self.iota(0) + i * TILE
+
+    def iota(self, dim: int):
+        return plgpu.broadcasted_iota(jnp.int32, (TILE, self.chunk), dim, layout=plgpu.Layout.WGMMA)
+
+    def row_ids(self, i: int):
+        return _row_ids() + i * TILE
+
+
+def _row_ids():
+    return plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROWS)
+
+
+def _write_tile(array_gmem, i: int, values, staging_smem) -> None:
+    """Writes the part of a vector's tile that exists."""
+    left = array_gmem.shape[0] - i * TILE
+    if left >= TILE:
+        array_gmem[pl.ds(i * TILE, TILE)] = values
+        return
+    staging_smem[...] = values
+
+    @pl.loop(0, left)
+    def _(place):
+        array_gmem[i * TILE + place] = staging_smem[place]
+
+
+def _write_combine(sizes: _Sizes, smem, combine_gmem, block, warpgroup) -> None:
+    """Tokens along rows become tokens along columns. What lies past the last expert, TMA leaves out."""
+    for owned in range(sizes.groups_per_owner):
+        columns = pl.ds((block + owned * sizes.blocks) * GROUP, GROUP)
+        for turn in range(pl.cdiv(sizes.tiles, sizes.workers)):
+            tile = warpgroup + turn * sizes.workers
+
+            @pl.when(tile < sizes.tiles)
+            def _(owned=owned, columns=columns, tile=tile):
+                values = plgpu.load(
+                    smem.combine_smem.at[owned, tile].T, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False
+                )
+                plgpu.wait_smem_to_gmem(0)
+                smem.turned_smem[warpgroup] = plgpu.layout_cast(values, plgpu.Layout.WGMMA)
+                plgpu.commit_smem()
+                target = combine_gmem.at[pl.ds(tile * TILE, TILE), columns]
+                plgpu.copy_smem_to_gmem(smem.turned_smem.at[warpgroup], target)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _own_flags(sizes: _Sizes, rule: RoutingRule, smem):
+    """For each tile: 1 where some token of this block chose the expert."""
+    flags = []
+    for i in range(sizes.tiles):
+        ranks = [
+            plgpu.load(smem.ranks_smem.at[owned, i, place], layout=ROWS, optimized=False)
+            for owned in range(sizes.groups_per_owner)
+            for place in range(min(GROUP, sizes.tokens))
+        ]
+        lowest = functools.reduce(jnp.minimum, ranks)
+        flags.append(jnp.where(lowest < rule.top_k, 1, 0))
+    return flags
+
+
+def _write_active(sizes: _Sizes, smem, flags, active_gmem, num_active_gmem) -> None:
+    """The flagged experts in ascending order: place r belongs to the expert up to which more than r are flagged."""
+    tiles, chunk = range(sizes.tiles), 8
+
+    def ids(start, dim: int):
+        return plgpu.broadcasted_iota(jnp.int32, (TILE, chunk), dim, layout=plgpu.Layout.WGMMA) + start
+
+    def count(kind: int, stop: int, is_counted):
+        def add(c, tile):
+            vector = plgpu.load(smem.counts_smem.at[kind, pl.ds(c * chunk, chunk)], layout=COLUMNS, optimized=False)
+            columns = lax.broadcast_in_dim(vector, (TILE, chunk), (1,))
+            return tile + jnp.where(is_counted(columns, ids(c * chunk, 1)), 1.0, 0.0)
+
+        zeros = plgpu.layout_cast(jnp.zeros((TILE, chunk), jnp.float32), plgpu.Layout.WGMMA)
+        return jnp.sum(lax.fori_loop(0, stop // chunk, add, zeros), axis=1).astype(jnp.int32)
+
+    for i in tiles:
+        smem.counts_smem[0, pl.ds(i * TILE, TILE)] = flags[i]
+    for i in tiles:
+        up_to = count(0, (i + 1) * TILE, lambda flag, id, i=i: (flag > 0) & (id <= ids(i * TILE, 0)))
+        smem.counts_smem[1, pl.ds(i * TILE, TILE)] = up_to
+    for i in tiles:
+        active = count(1, sizes.tiles * TILE, lambda up_to, id, i=i: up_to <= ids(i * TILE, 0))
+        staging = smem.counts_smem.at[0, pl.ds(i * TILE, TILE)]
+        _write_tile(active_gmem, i, jnp.minimum(active, sizes.experts), staging)
+    num_active_gmem[0] = smem.counts_smem[1, sizes.tiles * TILE - 1]
+
+
+def inline_ptx(code: str) -> None:
+    """The interpreter passes over functions of this name."""
+
+    @plgpu.inline_mgpu()
+    def instruction(_):
+        mosaic_gpu.utils.inline_ptx(code, has_side_effects=True)
+
+    instruction()
+
+
+def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None):
+    num_tokens, width = x_TD.shape
+    num_experts = gate_ED.shape[0]
+    if not device.is_hopper:
+        return f"it is written for Hopper GPUs, not for {device.platform} {device.kind}"
+    if num_tokens > MAX_TOKENS:
+        return f"it routes up to {MAX_TOKENS} tokens at a time, not {num_tokens}"
+    if num_experts > MAX_EXPERTS:
+        return f"it chooses among up to {MAX_EXPERTS} experts, not {num_experts}"
+    if rule.top_k > TILE:
+        return f"it chooses up to {TILE} experts per token, not {rule.top_k}"
+    if width % TILE:
+        return f"the model width {width} is not a multiple of {TILE}"
+    if x_TD.dtype != jnp.bfloat16 or gate_ED.dtype != jnp.bfloat16:
+        return f"it multiplies bfloat16, not {x_TD.dtype} by {gate_ED.dtype}"
+    if rule.dtype != "float32":
+        return f"its scores are float32, not {rule.dtype}"
+    return None
+
+
+IMPLEMENTATION = Implementation("decode_sm90", supports=_supports, run=route)
