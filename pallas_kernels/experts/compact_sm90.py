@@ -328,4 +328,4 @@ def _supports(device: dispatch.Device, x_TD, routing: Routing, up_EGFD, down_EDF
     return None
 
 
-IMPLEMENTATION = dispatch.Implementation(NAME, supports=_supports, run=experts)
+IMPLEMENTATION = dispatch.Implementation(NAME, supports=_supports, run=experts, candidates=candidates)

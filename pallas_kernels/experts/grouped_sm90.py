@@ -115,4 +115,4 @@ def _supports(device: Device, x_TD, routing: Routing, up_EGFD, down_EDF, **argum
     return None
 
 
-IMPLEMENTATION = Implementation(NAME, supports=_supports, run=experts)
+IMPLEMENTATION = Implementation(NAME, supports=_supports, run=experts, candidates=candidates)
