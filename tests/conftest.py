@@ -7,3 +7,15 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     # Threads of XLA's CPU client, otherwise one per core: interpreted kernels have more that wait for one another.
     os.environ.setdefault("NPROC", "16")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none, whatever was asked for."""
+    import jax
+    import pytest
+
+    if jax.default_backend() != "gpu":
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and jax sees none: run `make test-gpu` where there is one")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
