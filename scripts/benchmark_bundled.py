@@ -1,0 +1,92 @@
+"""Times decoding of the bundled model at batch 1, as `moe-jax generate` runs it and in one program.
+
+    python scripts/benchmark_bundled.py
+
+`generate_tokens_per_s` is one compiled loop; `stream_tokens_per_s` has every token on the host, with its routed experts, as
+the command line shows them. Both are medians of --repeats runs after one that compiles, prefill of the short prompt
+included. `load_average` tells whether the machine was busy with something else. Appends a JSON line to --output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import tyro
+
+import moe_jax
+
+PROMPT = "ROMEO:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time."""
+
+    tokens: int = 256
+    repeats: int = 5
+    dtype: str = "bfloat16"
+    output: Path = Path("docs/benchmarks/cpu/bundled.jsonl")
+
+
+def tokens_per_s(run: Callable[[], object], options: Options) -> float:
+    """The median rate of `run`, which makes `options.tokens` tokens."""
+    run()
+    seconds = []
+    for _ in range(options.repeats):
+        begin_s = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin_s)
+    return options.tokens / statistics.median(seconds)
+
+
+def processor() -> str:
+    """What the computations ran on: the GPU's name, or the CPU's with the cores that this process may use."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def main(options: Options) -> None:
+    model = moe_jax.load("shakespeare", dtype=options.dtype)
+    arguments = dict(
+        max_new_tokens=options.tokens,
+        stop_token_ids=(),
+        sampling=moe_jax.Sampling(temperature=0.8, min_p=0.05),
+    )
+    generated = tokens_per_s(lambda: moe_jax.generate(model, PROMPT, **arguments), options)
+    streamed = tokens_per_s(lambda: list(moe_jax.stream(model, PROMPT, routed_experts=True, **arguments)), options)
+    line = {
+        "generate_tokens_per_s": round(generated, 1),
+        "stream_tokens_per_s": round(streamed, 1),
+        "tokens": options.tokens,
+        "batch": 1,
+        "prompt": PROMPT,
+        "dtype": options.dtype,
+        "parameters": model.num_parameters,
+        "device": processor(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "date": datetime.date.today().isoformat(),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("a") as lines:
+        lines.write(json.dumps(line) + "\n")
+    print(f"generate: {generated:.0f} tokens/s; stream: {streamed:.0f} tokens/s; on {line['device']}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
