@@ -13,6 +13,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels.route.api import Places
@@ -40,7 +41,7 @@ class GroupedPlan:
 
 def num_rows(num_choices: int, num_experts: int) -> int:
     """The most rows that `num_choices` choices can take, each expert's rounded up to 64."""
-    return _round_up(num_choices + min(num_experts, num_choices) * (BLOCK - 1), BLOCK)
+    return round_up(num_choices + min(num_experts, num_choices) * (BLOCK - 1), BLOCK)
 
 
 def plan(
@@ -54,13 +55,11 @@ def plan(
     """Plans the choices of experts `first_expert` up to `first_expert + num_experts`, `tile_rows` rows a tile."""
     num_choices = experts_TA.size
     local_TA = experts_TA - first_expert
-    if places is None:
-        ranks_TA, counts_BE = _ranks_in_blocks(local_TA, num_experts)
-    else:
-        ranks_TA, counts_BE = places.ranks_TA, places.counts_BE[:, first_expert : first_expert + num_experts]
-    before_BE, sizes_E = _sums_before(counts_BE)
-    padded_E = _round_up(sizes_E, BLOCK)
-    tiles_E = (padded_E + tile_rows - 1) // tile_rows
+    ranks_TA, counts_BE = local_places(experts_TA, places, num_experts=num_experts, first_expert=first_expert)
+    sums_BE = sums_over_blocks(counts_BE)
+    before_BE, sizes_E = sums_BE[:-1], sums_BE[-1]
+    padded_E = round_up(sizes_E, BLOCK)
+    tiles_E = round_up(padded_E, tile_rows) // tile_rows
     starts_E, first_tiles_E = _sums_of_earlier(jnp.stack([padded_E, tiles_E]))
 
     is_local_TA = (local_TA >= 0) & (local_TA < num_experts)
@@ -68,15 +67,13 @@ def plan(
     block_T1 = jnp.arange(experts_TA.shape[0])[:, None] // BLOCK
     rows_TA = jnp.where(is_local_TA, (starts_E + before_BE)[block_T1, safe_TA] + ranks_TA, -1)
 
-    tile_X1 = jnp.arange(num_choices // tile_rows + min(num_experts, num_choices), dtype=jnp.int32)[:, None]
+    tile_X1 = jnp.arange(max_tiles(num_choices, num_experts, tile_rows), dtype=jnp.int32)[:, None]
     is_of_XE = (first_tiles_E <= tile_X1) & (tile_X1 < first_tiles_E + tiles_E)
     # What tiles know of their expert, picked by sums: one fusion, where gathers and a search would be four.
     per_expert = (jnp.arange(num_experts), starts_E, sizes_E, first_tiles_E, tiles_E)
     picked = jnp.where(is_of_XE, jnp.stack(per_expert)[:, None], 0).sum(axis=2, dtype=jnp.int32)
     expert_X, first_row_X, size_X, first_tile_X, tiles_X = picked
-    index_X = tile_X1[:, 0] - first_tile_X  # among the tiles of its expert, which share its blocks evenly
-    blocks_X, tiles_X = (size_X + BLOCK - 1) // BLOCK, jnp.maximum(tiles_X, 1)
-    start_X, end_X = (index * blocks_X // tiles_X * BLOCK for index in (index_X, index_X + 1))
+    start_X, end_X = share_of_rows(size_X, tile_X1[:, 0] - first_tile_X, tiles_X)
     return GroupedPlan(
         rows_TA,
         expert_X,
@@ -85,6 +82,25 @@ def plan(
         jnp.minimum(size_X, end_X) - start_X,
         tiles_E.sum(dtype=jnp.int32)[None],
     )
+
+
+def max_tiles(num_choices: int, num_experts: int, tile_rows: int) -> int:
+    return num_choices // tile_rows + min(num_experts, num_choices)
+
+
+def share_of_rows(size, index, tiles):
+    """Start and end, counted from its expert's first row, of tile `index` of `tiles` that share `size` rows evenly."""
+    blocks, tiles = lax.div(size + (BLOCK - 1), BLOCK), jnp.maximum(tiles, 1)
+    return lax.div(index * blocks, tiles) * BLOCK, lax.div((index + 1) * blocks, tiles) * BLOCK
+
+
+def local_places(
+    experts_TA, places: Places | None, *, num_experts: int, first_expert: int
+) -> tuple[jax.Array, jax.Array]:
+    """Ranks and counts of `places`, or made here, of the experts that are local."""
+    if places is None:
+        return _ranks_in_blocks(experts_TA - first_expert, num_experts)
+    return places.ranks_TA, places.counts_BE[:, first_expert : first_expert + num_experts]
 
 
 def _ranks_in_blocks(local_TA, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -102,12 +118,12 @@ def _ranks_in_blocks(local_TA, num_experts: int) -> tuple[jax.Array, jax.Array]:
     return rank_TA.astype(jnp.int32), is_chosen_BZE.sum(axis=1, dtype=jnp.float32).astype(jnp.int32)
 
 
-def _sums_before(counts_BE) -> tuple[jax.Array, jax.Array]:
-    """The sum of the blocks before each one, and of all."""
+def sums_over_blocks(counts_BE) -> jax.Array:
+    """The sums of the blocks before each one, and last that of all."""
     # Counts of at most 64: exact in bfloat16 products accumulated in float32.
     is_before_BB = np.tri(counts_BE.shape[0] + 1, counts_BE.shape[0], k=-1).astype(jnp.bfloat16)
     sums_BE = jnp.dot(is_before_BB, counts_BE.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-    return sums_BE[:-1].astype(jnp.int32), sums_BE[-1].astype(jnp.int32)
+    return sums_BE.astype(jnp.int32)
 
 
 def _sums_of_earlier(values_XE) -> jax.Array:
@@ -116,5 +132,5 @@ def _sums_of_earlier(values_XE) -> jax.Array:
     return jnp.where(experts_E < experts_E[:, None], values_XE[:, None, :], 0).sum(axis=2, dtype=jnp.int32)
 
 
-def _round_up(value, multiple: int):
+def round_up(value, multiple: int):
     return (value + multiple - 1) // multiple * multiple

@@ -38,7 +38,7 @@ def experts(
     if settings is None:
         settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0])
     if settings is None:
-        settings = default_settings(has_down_bias=down_bias_ED is not None)
+        settings = default_settings()
     return _experts(
         x_TD,
         routing,
@@ -53,16 +53,17 @@ def experts(
     )
 
 
-def default_settings(*, has_down_bias: bool) -> dict[str, int]:
-    # A bias on 192 rows x 256 columns would need more registers than there are.
-    return dict(warpgroups=2 if has_down_bias else 3, up_band=8, down_band=8)
+def default_settings() -> dict[str, int]:
+    return dict(warpgroups=2, up_band=8, down_band=8)
 
 
 def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, *, down_bias_ED=None, **arguments) -> list[dict[str, int]]:
     """Settings worth trying, the default first."""
-    default = default_settings(has_down_bias=down_bias_ED is not None)
+    default = default_settings()
     bands = [default | dict(up_band=band, down_band=band) for band in (2, 4, 16)]
-    return [default, *bands, default | dict(warpgroups=2)]
+    # A bias on 192 rows x 256 columns would need more registers than there are.
+    taller = [] if down_bias_ED is not None else [default | dict(warpgroups=3)]
+    return [default, *bands, *taller]
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "first_expert", "settings", "num_sms"))
