@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import interpret
-from pallas_kernels.experts import cases, grouped_plan, grouped_plan_sm90, grouped_rows_sm90
+from pallas_kernels.experts import cases, grouped_matmul_sm90, grouped_plan, grouped_plan_sm90, grouped_rows_sm90
 from pallas_kernels.route.api import Places
 
 MANY = cases.Case("many_blocks", 300, cases.Layer(12, 3, 64, 128), local=(2, 9))
@@ -76,6 +76,16 @@ def _places_by_hand(experts_TA: np.ndarray, num_experts: int) -> Places:
         ranks_TA[token] = counts_BE[token // 64, chosen]
         counts_BE[token // 64, chosen] += 1
     return Places(jnp.asarray(ranks_TA), jnp.asarray(counts_BE))
+
+
+@pytest.mark.parametrize("num_items", [0, 1, 3, 4, 16, 17, 31, 40, 100])
+@pytest.mark.parametrize("num_sms", [2, 7])
+def test_every_item_is_some_blocks_once(num_items, num_sms):
+    items = []
+    for block in range((1 + grouped_matmul_sm90.TAIL) * num_sms):
+        count, item_of = grouped_matmul_sm90._share(jnp.int32(block), jnp.int32(num_items), num_sms)
+        items += [int(item_of(jnp.int32(i))) for i in range(int(count))]
+    assert sorted(items) == list(range(num_items))
 
 
 @pytest.mark.parametrize(
