@@ -35,7 +35,8 @@ class Options:
     min_p: float = 0.05
     repetition_penalty: float = 1.0
     seed: int = 0
-    dtype: str = "bfloat16"
+    dtype: str | None = None
+    """float32, bfloat16 or float16; by default bfloat16, on a CPU float32."""
     mesh: str | None = None
     """Devices to split the model over, such as "ep=4,tp=2"."""
     strategy: str | None = None
@@ -44,7 +45,8 @@ class Options:
     """After the text, say on standard error which experts computed it and how fast."""
 
     def load(self) -> moe_jax.Model:
-        return moe_jax.load(self.model, dtype=self.dtype, mesh=self.mesh, strategy=self.strategy)
+        dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return moe_jax.load(self.model, dtype=dtype, mesh=self.mesh, strategy=self.strategy)
 
     def sampling(self) -> moe_jax.Sampling:
         return moe_jax.Sampling(
@@ -126,16 +128,20 @@ def show(pieces: Iterable[moe_jax.Piece], with_experts: bool) -> str:
     for piece in pieces:
         print(piece, end="", flush=True)
         texts.append(piece.text)
-        started_s = started_s or time.perf_counter()
+        if len(texts) == 2:  # the first two wait for the compiler
+            started_s = time.perf_counter()
         if piece.experts_LA is not None:
             counts.update(
                 (layer, int(e)) for layer, row_A in enumerate(piece.experts_LA) for e in row_A if e != NO_TOKEN
             )
     print(flush=True)
-    if with_experts and started_s is not None:
-        seconds = time.perf_counter() - started_s
-        speed = f"{(len(texts) - 1) / seconds:.0f} tokens/s" if len(texts) > 1 else "one token"
-        print(f"\n[{speed}; {_answered(counts)}]", file=sys.stderr)
+    if with_experts:
+        speed = (
+            f"{(len(texts) - 2) / (time.perf_counter() - started_s):.0f} tokens/s; "
+            if started_s and len(texts) > 2
+            else ""
+        )
+        print(f"\n[{speed}{_answered(counts)}]", file=sys.stderr)
     return "".join(texts)
 
 
