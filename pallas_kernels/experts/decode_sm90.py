@@ -13,6 +13,7 @@ block that holds the tile's beginning adds the others' sums to its own, in the o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -74,14 +75,11 @@ def experts(
         most_active=min(num_experts, routing.experts_TA.size),
         depth=settings["depth"],
         stages=settings["stages"],
-        num_sms=device.num_sms,
-        is_interpreted=device.is_interpreted,
+        num_sms=1 if device.is_interpreted else device.num_sms,  # interpreted blocks cannot wait for each other
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("activation", "most_active", "depth", "stages", "num_sms", "is_interpreted")
-)
+@functools.partial(jax.jit, static_argnames=("activation", "most_active", "depth", "stages", "num_sms"))
 def _experts(
     x_TD,
     plan: DecodePlan,
@@ -91,24 +89,18 @@ def _experts(
     down_bias_ED,
     *,
     num_sms,
-    is_interpreted,
     **static,
 ):
     num_tokens, padded = x_TD.shape[0], plan.combine_ET.shape[1]
-    if (
-        num_tokens > 8 and num_tokens % 8
-    ):  # fewer than 8 rows or a multiple of 8: what a TMA copy can fill up with zeros
+    if num_tokens > 8 and num_tokens % 8:  # copies fill up fewer than 8 rows with zeros, or whole eights
         x_TD = jnp.pad(x_TD, ((0, padded - num_tokens), (0, 0)))
     bias_TD = None
     if down_bias_ED is not None:
         bias_TD = jnp.einsum("ET,ED->TD", plan.combine_ET, down_bias_ED, precision=lax.Precision.HIGHEST)
-    launch = functools.partial(_launch, x_TD, plan, up_EGFD, up_bias_EGF, down_EDF, bias_TD, **static)
-    if is_interpreted:  # one block after another: none can wait for the next
-        hidden_UTF, _ = launch(hidden=None, signals=None, phases=("up",), num_blocks=num_sms)
-        _, y_TD = launch(hidden=hidden_UTF, signals=None, phases=("down",), num_blocks=1)
-    else:
-        zeros = jnp.zeros((NUM_SIGNALS,), jnp.int32) if plan.signals is None else plan.signals
-        _, y_TD = launch(hidden=None, signals=jax.new_ref(zeros), phases=("up", "down"), num_blocks=num_sms)
+    signals = None
+    if num_sms > 1:
+        signals = jax.new_ref(jnp.zeros((NUM_SIGNALS,), jnp.int32) if plan.signals is None else plan.signals)
+    y_TD = _launch(x_TD, plan, up_EGFD, up_bias_EGF, down_EDF, bias_TD, signals, num_blocks=num_sms, **static)
     return y_TD[:num_tokens]
 
 
@@ -119,57 +111,38 @@ def _launch(
     up_bias_EGF,
     down_EDF,
     bias_TD,
-    *,
-    hidden,
     signals,
-    phases,
+    *,
     activation,
     most_active,
     depth,
     stages,
     num_blocks,
 ):
-    """The phases of one launch: (`[U, T, F]` hidden values by place in `plan.active_E`, `[T, D]` result)."""
     _, gates, width, model_width = up_EGFD.shape
     num_tokens, tokens = x_TD.shape[0], plan.combine_ET.shape[1]
     up_weights, down_weights = WeightTiles.of(up_EGFD), WeightTiles.of(down_EDF[:, None])
-    up_rows, down_rows = up_weights.rows, down_weights.rows
-    up_tiles, up_steps = pl.cdiv(width, up_rows), pl.cdiv(model_width, depth)
-    down_tiles, steps_per_expert = pl.cdiv(model_width, down_rows), pl.cdiv(width, depth)
-    is_fused = len(phases) == 2
+    up_tiles, up_steps = pl.cdiv(width, up_weights.rows), pl.cdiv(model_width, depth)
+    down_tiles, down_steps = pl.cdiv(model_width, down_weights.rows), pl.cdiv(width, depth)  # of one expert
     in_one_copy = up_weights.follow and down_weights.follow
     batch = max(1, 64 // tokens)  # partial sums of other blocks that are loaded together
     accumulators = [plgpu.ACC((ROWS, tokens))] * PIECES
 
     def kernel(x_gmem, combine_gmem, active_gmem, count_gmem, up_gmem, down_gmem, *rest, **scratch):
         inputs, (hidden_gmem, y_gmem, partials_gmem) = dict(zip(optional, rest, strict=False)), rest[-3:]
-        hidden_gmem = inputs.get("hidden", hidden_gmem)
         weights_smem, tokens_smem, out_smem = (scratch[name] for name in ("weights_smem", "tokens_smem", "out_smem"))
         full, empty, hidden_ready = (scratch[name] for name in ("full", "empty", "hidden_ready"))
         block = lax.axis_index("block")
         num_active = count_gmem[0]
 
-        def signal_of(index):
-            return inputs["signals"].at[pl.ds(index, 1)]
-
-        def partial_is_stored(block):
-            return signal_of(1 + block)
-
-        # The up phase: items are (active expert, tile of its width), every num_blocks-th of them this block's.
-        my_items = pl.cdiv(lax.max(num_active * up_tiles - block, 0), num_blocks) if "up" in phases else 0
-        up_loads = my_items * up_steps
-        # The down phase: a line of all steps, tile after tile, cut into equal parts.
-        steps_per_tile = lax.max(num_active * steps_per_expert, 1)
-        all_steps = down_tiles * steps_per_tile
-
-        part = functools.partial(part_of, all_steps=all_steps, num_blocks=num_blocks)
-        my_begin, my_end = part(block)
-        down_loads = jnp.where(num_active > 0, my_end - my_begin, 0) if "down" in phases else 0
+        up = Line.cut(num_active * up_tiles, up_steps, block=block, num_blocks=num_blocks)
+        down = Line.cut(down_tiles, lax.max(num_active * down_steps, 1), block=block, num_blocks=num_blocks)
+        up_loads = up.end - up.begin
+        down_loads = jnp.where(num_active > 0, down.end - down.begin, 0)
         loads = up_loads + down_loads
 
-        def up_item(i):
-            item = block + i * num_blocks
-            return item // up_tiles, lax.rem(item, up_tiles) * up_rows
+        def place_of_up(tile):
+            return tile // up_tiles, lax.rem(tile, up_tiles) * up_weights.rows
 
         def columns_of(step):
             return pl.ds(step * depth, depth)
@@ -187,31 +160,28 @@ def _launch(
             def load_weights(slot, tiles_gmem, places, columns):
                 load_pieces(tiles_gmem, places, columns, weights_smem.at[slot], full.at[slot], in_one_copy=in_one_copy)
 
-            @pl.loop(0, my_items)
-            def _item(i):
-                u, row = up_item(i)
-                expert = active_gmem[u]
+            @pl.loop(0, up_loads)
+            def _up(r):
+                slot, position = reserve(r), up.begin + r
+                u, row = place_of_up(position // up_steps)
+                columns = columns_of(lax.rem(position, up_steps))
+                load_weights(slot, up_gmem, up_weights.places(active_gmem[u], row), columns)
+                plgpu.copy_gmem_to_smem(x_gmem.at[_whole(tokens), columns], tokens_smem.at[slot], full.at[slot])
 
-                @pl.loop(0, up_steps)
-                def _step(k):
-                    slot, columns = reserve(i * up_steps + k), columns_of(k)
-                    load_weights(slot, up_gmem, up_weights.places(expert, row), columns)
-                    plgpu.copy_gmem_to_smem(x_gmem.at[_whole(tokens), columns], tokens_smem.at[slot], full.at[slot])
-
-            def place(r):
-                position = my_begin + r
-                step = lax.rem(position, steps_per_tile)
-                return position // steps_per_tile * down_rows, step // steps_per_expert, lax.rem(step, steps_per_expert)
+            def place_of_down(r):
+                position = down.begin + r
+                step = lax.rem(position, down.steps_per_tile)
+                row = position // down.steps_per_tile * down_weights.rows
+                return row, step // down_steps, columns_of(lax.rem(step, down_steps))
 
             def load_down(r):
-                row, u, k = place(r)
-                expert = active_gmem[u]
-                load_weights(reserve(up_loads + r), down_gmem, down_weights.places(expert, row), columns_of(k))
+                row, u, columns = place_of_down(r)
+                load_weights(reserve(up_loads + r), down_gmem, down_weights.places(active_gmem[u], row), columns)
 
             def load_hidden(r):
-                _, u, k = place(r)
+                _, u, columns = place_of_down(r)
                 slot = lax.rem(up_loads + r, stages)
-                plgpu.copy_gmem_to_smem(hidden_gmem.at[u, :, columns_of(k)], tokens_smem.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(hidden_gmem.at[u, :, columns], tokens_smem.at[slot], full.at[slot])
 
             ahead = lax.min(down_loads, stages)
             pl.loop(0, ahead)(load_down)
@@ -219,7 +189,7 @@ def _launch(
             pl.loop(0, ahead)(load_hidden)
 
             @pl.loop(ahead, down_loads)
-            def _both(r):
+            def _down(r):
                 load_down(r)
                 load_hidden(r)
 
@@ -246,6 +216,51 @@ def _launch(
 
             return pl.run_scoped(loop, *accumulators)
 
+        def compute(line, first_load, prepare, finish, first_signal):
+            """For each tile in this block's part: `finish` it, or hand what there is to the block that does."""
+
+            @pl.loop(0, line.num_tiles_touched)
+            def _tile(i):
+                tile = line.begin // line.steps_per_tile + i
+                tile_begin, tile_end = tile * line.steps_per_tile, (tile + 1) * line.steps_per_tile
+                begin, end = lax.max(line.begin, tile_begin), lax.min(line.end, tile_end)
+                is_mine = begin == tile_begin
+                prepared = prepare(tile, is_mine)
+                parts = multiply(first_load + begin - line.begin, jnp.where(num_active > 0, end - begin, 0))
+                if signals is not None:
+
+                    @pl.when(jnp.logical_not(is_mine))
+                    def _hand_over():
+                        for n, part in enumerate(parts):
+                            partials_gmem[block, n] = part
+                        owner = line.last_block_before(tile_begin + 1)
+                        _signal(inputs["signals"].at[pl.ds(first_signal + owner, 1)])
+
+                @pl.when(is_mine)
+                def _finish():
+                    total = parts
+                    if signals is not None:
+                        last = line.last_block_before(tile_end)
+                        total = add_others(parts, last, inputs["signals"].at[pl.ds(first_signal + block, 1)])
+                    finish(tile, total, prepared)
+
+        def add_others(parts, last, signal_gmem):
+            """Adds what the blocks after this one, up to `last`, summed up of the same tile."""
+
+            @pl.when(last > block)
+            def _wait():
+                _wait_for_signals(signal_gmem, last - block)
+
+            def add(i, total):
+                for n in range(batch):  # loads that do not depend on each other overlap
+                    other = block + 1 + i * batch + n
+                    theirs = [_load_partial(partials_gmem.at[lax.min(other, last), piece]) for piece in range(PIECES)]
+                    is_there = jnp.broadcast_to(other <= last, (ROWS, tokens))
+                    total = [t + jnp.where(is_there, p, jnp.zeros_like(p)) for t, p in zip(total, theirs, strict=True)]
+                return total
+
+            return lax.fori_loop(0, pl.cdiv(last - block, batch), add, parts)
+
         def store(tiles, targets_gmem):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             for n, tile in enumerate(tiles):
@@ -254,16 +269,22 @@ def _launch(
             for n, target_gmem in enumerate(targets_gmem):
                 plgpu.copy_smem_to_gmem(out_smem.at[n], target_gmem)
 
-        def compute_up(i):
-            u, row = up_item(i)
+        def prepare_up(tile, is_mine):
+            u, row = place_of_up(tile)
             expert = active_gmem[u]
-            places = [(n, row) if gates == PIECES else (0, row + n * ROWS) for n in range(PIECES)]
             if "up_bias" in inputs:
-                for n, (gate, first) in enumerate(places):
-                    bias_gmem = inputs["up_bias"].at[expert, gate, pl.ds(first, ROWS)]
-                    plgpu.copy_gmem_to_smem(bias_gmem, scratch["up_bias_smem"].at[n], scratch["up_bias_full"])
-            weights_T = plgpu.load(combine_gmem.at[expert], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-            parts = multiply(i * up_steps, up_steps)
+
+                @pl.when(is_mine)
+                def _load_bias():
+                    for n in range(PIECES):
+                        gate, first = (n, row) if gates == PIECES else (0, row + n * ROWS)
+                        bias_gmem = inputs["up_bias"].at[expert, gate, pl.ds(first, ROWS)]
+                        plgpu.copy_gmem_to_smem(bias_gmem, scratch["up_bias_smem"].at[n], scratch["up_bias_full"])
+
+            return plgpu.load(combine_gmem.at[expert], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+        def finish_up(tile, parts, weights_T):
+            u, row = place_of_up(tile)
             if "up_bias" in inputs:
                 plgpu.barrier_wait(scratch["up_bias_full"])
                 parts = [add_to_rows(part, scratch["up_bias_smem"].at[n]) for n, part in enumerate(parts)]
@@ -272,74 +293,36 @@ def _launch(
             targets = [hidden_gmem.at[u, :, pl.ds(row + n * ROWS, ROWS)] for n in range(len(hidden))]
             store([h * weights_RT for h in hidden], targets)
 
-        def compute_down(i):
-            tile = my_begin // steps_per_tile + i
-            tile_begin, tile_end = tile * steps_per_tile, (tile + 1) * steps_per_tile
-            begin, end = lax.max(my_begin, tile_begin), lax.min(my_end, tile_end)
-            steps = jnp.where(num_active > 0, end - begin, 0)
-            parts = multiply(up_loads + begin - my_begin, steps)
+        def columns_of_y(tile):
+            return [pl.ds(tile * down_weights.rows + n * ROWS, ROWS) for n in range(PIECES)]
 
-            if is_fused:
+        def prepare_down(tile, is_mine):
+            if "down_bias" in inputs:
 
-                @pl.when(begin > tile_begin)
-                def _hand_over():
-                    for n, part in enumerate(parts):
-                        partials_gmem[block, n] = part
-                    _signal(partial_is_stored(block))
+                @pl.when(is_mine)
+                def _load_bias():
+                    for n, columns in enumerate(columns_of_y(tile)):
+                        bias_gmem, bias_smem = inputs["down_bias"].at[:, columns], scratch["down_bias_smem"].at[n]
+                        plgpu.copy_gmem_to_smem(bias_gmem, bias_smem, scratch["down_bias_full"])
 
-            @pl.when(begin == tile_begin)
-            def _finish():
-                total = add_others(parts, tile_end) if is_fused else parts
-                targets = []
-                for n in range(PIECES):
-                    columns = pl.ds(tile * down_rows + n * ROWS, ROWS)
-                    targets.append(y_gmem.at[_whole(tokens), columns])
-                    if "down_bias" in inputs:
-                        bias_smem, bias_full = scratch["down_bias_smem"], scratch["down_bias_full"]
-                        plgpu.copy_gmem_to_smem(inputs["down_bias"].at[:, columns], bias_smem.at[n], bias_full)
-                if "down_bias" in inputs:
-                    plgpu.barrier_wait(bias_full)
-                    total = [part + _load_transposed(bias_smem.at[n]) for n, part in enumerate(total)]
-                store(total, targets)
-
-        def add_others(parts, tile_end):
-            """Adds what the blocks after this one summed up of the tile that ends at `tile_end`."""
-            last = last_block_before(tile_end, all_steps=all_steps, num_blocks=num_blocks)
-
-            def has_part(other):
-                begin, end = part(other)
-                return (other <= last) & (begin < end)
-
-            @pl.loop(block + 1, last + 1)
-            def _wait(other):
-                @pl.when(has_part(other))
-                def _():
-                    _wait_for_signals(partial_is_stored(other), 1)
-
-            def add(i, total):
-                for n in range(batch):  # loads that do not depend on each other overlap
-                    other = block + 1 + i * batch + n
-                    theirs = [_load_partial(partials_gmem.at[lax.min(other, last), piece]) for piece in range(PIECES)]
-                    is_there = jnp.broadcast_to(has_part(other), (ROWS, tokens))
-                    total = [t + jnp.where(is_there, p, jnp.zeros_like(p)) for t, p in zip(total, theirs, strict=True)]
-                return total
-
-            return lax.fori_loop(0, pl.cdiv(last - block, batch), add, parts)
+        def finish_down(tile, parts, _):
+            if "down_bias" in inputs:
+                plgpu.barrier_wait(scratch["down_bias_full"])
+                parts = [part + _load_transposed(scratch["down_bias_smem"].at[n]) for n, part in enumerate(parts)]
+            store(parts, [y_gmem.at[_whole(tokens), columns] for columns in columns_of_y(tile)])
 
         @pl.when(lax.axis_index("warpgroup") == 0)
         def _compute():
-            pl.loop(0, my_items)(compute_up)
+            compute(up, 0, prepare_up, finish_up, first_signal=1)
             plgpu.wait_smem_to_gmem(0)
-            if is_fused:
-                _signal(signal_of(0))
-                _wait_for_signals(signal_of(0), num_blocks)
+            if signals is not None:
+                # Relaxed: hidden values were stored by copies that have ended; a release would wait 2 us for nothing.
+                up_done = inputs["signals"].at[pl.ds(0, 1)]
+                _signal(up_done, relaxed=True)
+                _wait_for_signals(up_done, num_blocks)
             plgpu.barrier_arrive(hidden_ready)
-            if "down" in phases:
-                num_parts = jnp.where(
-                    my_end > my_begin, (my_end - 1) // steps_per_tile - my_begin // steps_per_tile + 1, 0
-                )
-                pl.loop(0, num_parts)(compute_down)
-                plgpu.wait_smem_to_gmem(0)
+            compute(down, up_loads, prepare_down, finish_down, first_signal=1 + num_blocks)
+            plgpu.wait_smem_to_gmem(0)
 
     dtype = x_TD.dtype
     scratch = dict(
@@ -351,8 +334,6 @@ def _launch(
         hidden_ready=plgpu.Barrier(),
     )
     optional = {}
-    if hidden is not None:
-        optional["hidden"] = hidden
     if signals is not None:
         optional["signals"] = signals
     if up_bias_EGF is not None:
@@ -367,11 +348,11 @@ def _launch(
             down_bias_full=plgpu.Barrier(num_arrivals=PIECES),
         )
     out_types = (
-        jax.ShapeDtypeStruct((most_active, tokens, width), dtype),
+        jax.ShapeDtypeStruct((most_active, tokens, width), dtype),  # hidden values by place in `plan.active_E`
         jax.ShapeDtypeStruct((num_tokens, model_width), dtype),
-        jax.ShapeDtypeStruct((num_blocks, PIECES, ROWS, tokens), jnp.float32),
+        jax.ShapeDtypeStruct((num_blocks, PIECES, ROWS, tokens), jnp.float32),  # partial sums
     )
-    hidden_UTF, y_TD, _ = plgpu.kernel(
+    _, y_TD, _ = plgpu.kernel(
         kernel,
         out_type=out_types,
         grid=(num_blocks,),
@@ -390,17 +371,37 @@ def _launch(
         down_weights.stack_XRI,
         *optional.values(),
     )
-    return hidden_UTF, y_TD
+    return y_TD
 
 
-def part_of(block, *, all_steps, num_blocks: int):
-    """The steps (begin, end) that a block takes of the down phase; all blocks' parts are equal to within one."""
-    return all_steps * block // num_blocks, all_steps * (block + 1) // num_blocks
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """The steps of all tiles, one tile after the other, cut into equal parts for the blocks. This block's is [begin, end).
 
+    With fewer steps than blocks, the first `num_parts` blocks have one each.
+    """
 
-def last_block_before(step, *, all_steps, num_blocks: int):
-    """The last block whose part begins before `step`."""
-    return (step * num_blocks + all_steps - 1) // all_steps - 1
+    steps_per_tile: Any
+    all_steps: Any
+    num_parts: Any
+    begin: Any
+    end: Any
+
+    @classmethod
+    def cut(cls, num_tiles, steps_per_tile, *, block, num_blocks: int) -> Line:
+        all_steps = jnp.asarray(num_tiles * steps_per_tile, jnp.int32)
+        num_parts = lax.max(lax.min(all_steps, num_blocks), 1)
+        begin, end = (lax.min(all_steps * b // num_parts, all_steps) for b in (block, block + 1))
+        return cls(steps_per_tile, all_steps, num_parts, begin, end)
+
+    @property
+    def num_tiles_touched(self):
+        touched = (self.end - 1) // self.steps_per_tile - self.begin // self.steps_per_tile + 1
+        return jnp.where(self.end > self.begin, touched, 0)
+
+    def last_block_before(self, step):
+        """The last block whose part begins before `step`."""
+        return (step * self.num_parts + self.all_steps - 1) // self.all_steps - 1
 
 
 def _whole(tokens: int):
@@ -417,28 +418,32 @@ def _load_transposed(tile_smem):
     return plgpu.layout_cast(tile_RT, plgpu.Layout.WGMMA)
 
 
-def _signal(signal_gmem) -> None:
-    """Adds one to a number in global memory, after all that the warpgroup's threads have stored there before."""
+def _signal(signal_gmem, *, relaxed: bool = False) -> None:
+    """Adds one to a number in global memory, after all that the warpgroup's threads have stored there before.
+
+    Relaxed: after the copies that they have waited for, but not after what they stored from registers.
+    """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def signal(ctx, signal_gmem):
         del ctx
         utils.warpgroup_barrier()
-        utils.SemaphoreRef(utils.memref_ptr(signal_gmem)).signal(1, memory_scope="gpu")
+        utils.SemaphoreRef(utils.memref_ptr(signal_gmem)).signal(1, relaxed=relaxed, memory_scope="gpu")
 
     signal(signal_gmem)
 
 
-def _wait_for_signals(signal_gmem, count: int) -> None:
+def _wait_for_signals(signal_gmem, count) -> None:
     """Waits for `count` signals. What was stored before them is then visible to loads and asynchronous copies."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def wait(ctx, signal_gmem):
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
+    def wait(ctx, signal_gmem, count):
         del ctx
-        utils.SemaphoreRef(utils.memref_ptr(signal_gmem)).wait(count, decrement=False, memory_scope="gpu")
+        signal = utils.SemaphoreRef(utils.memref_ptr(signal_gmem))
+        signal.wait(count.registers.item(), decrement=False, memory_scope="gpu")
         utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
 
-    wait(signal_gmem)
+    wait(signal_gmem, jnp.asarray(count, jnp.int32))
 
 
 def default_settings(x_TD) -> dict[str, int]:

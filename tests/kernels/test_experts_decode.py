@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import random
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.experts import cases
-from pallas_kernels.experts.decode_sm90 import last_block_before, part_of
+from pallas_kernels.experts.decode_sm90 import Line
 from pallas_kernels.experts.plan import decode_plan, padded_tokens
 
 CASES = {case.name: case for case in cases.AWKWARD}
@@ -39,23 +39,43 @@ def test_decode_plan_by_hand(name):
     assert plan.active_E.tolist() == active + [count] * (count - len(active))
 
 
-def test_parts_cover_every_tile_once():
-    """Whoever finishes a tile must name exactly the blocks that hold the rest of it: more would wait for ever."""
+def test_every_tile_is_finished_by_one_block_with_all_its_helpers():
+    """The finisher waits for exactly the blocks that hand over to it: one more, and it would wait for ever."""
     rng = random.Random(0)
-    for _ in range(300):
-        steps_per_tile, tiles, num_blocks = rng.randint(1, 90), rng.randint(1, 120), rng.choice([1, 2, 7, 132])
-        all_steps = steps_per_tile * tiles
-        parts = [part_of(block, all_steps=all_steps, num_blocks=num_blocks) for block in range(num_blocks)]
-        assert parts[0][0] == 0 and parts[-1][1] == all_steps
-        assert all(before[1] == after[0] for before, after in itertools.pairwise(parts))
-        for end in range(steps_per_tile, all_steps + 1, steps_per_tile):
-            last = last_block_before(end, all_steps=all_steps, num_blocks=num_blocks)
-            assert last == max(block for block, (begin, _) in enumerate(parts) if begin < end)
+    for _ in range(200):
+        steps_per_tile, num_tiles, num_blocks = rng.randint(1, 90), rng.randint(0, 120), rng.choice([1, 2, 7, 132])
+        blocks = [
+            cut_line(num_tiles, steps_per_tile, block=block, num_blocks=num_blocks) for block in range(num_blocks)
+        ]
+        covered, finished, handed_over, waited_for = 0, [], [], []
+        for index, line in enumerate(blocks):
+            assert line.begin == covered
+            covered = line.end
+            for tile in range(line.begin // steps_per_tile, line.begin // steps_per_tile + int(line.num_tiles_touched)):
+                begin = tile * steps_per_tile
+                if line.begin > begin:
+                    handed_over.append((line.last_block_before(begin + 1), index))
+                else:
+                    finished.append(tile)
+                    waited_for += [
+                        (index, other) for other in range(index + 1, line.last_block_before(begin + steps_per_tile) + 1)
+                    ]
+        assert covered == num_tiles * steps_per_tile
+        assert finished == list(range(num_tiles))
+        assert sorted(handed_over) == sorted(waited_for)
 
 
-def test_parts_fit_in_int32():
-    """The largest layers: DeepSeek-V3 with all its experts active."""
-    all_steps = jnp.int32(7168 // 128 * 256 * (2048 // 64))
-    begin, end = part_of(jnp.int32(131), all_steps=all_steps, num_blocks=132)
-    assert int(end) == int(all_steps) and int(begin) > 0
-    assert int(last_block_before(all_steps, all_steps=all_steps, num_blocks=132)) == 131
+def cut_line(num_tiles: int, steps_per_tile: int, *, block: int, num_blocks: int) -> Line:
+    """`Line.cut` in Python's integers."""
+    line = Line.cut(num_tiles, steps_per_tile, block=block, num_blocks=num_blocks)
+    return Line(steps_per_tile, *map(int, (line.all_steps, line.num_parts, line.begin, line.end)))
+
+
+def test_lines_fit_in_int32():
+    """The largest layer: DeepSeek-V3 with all its experts active, in the smallest steps."""
+    line = cut_line(256 * 2048 // 64, 7168 // 64, block=131, num_blocks=132)
+    assert line.end == line.all_steps == 256 * 2048 // 64 * 7168 // 64
+    assert (
+        int(Line.last_block_before(dataclasses.replace(line, all_steps=jnp.int32(line.all_steps)), jnp.int32(line.end)))
+        == 131
+    )
