@@ -22,6 +22,9 @@ from pallas_kernels.dispatch import Device, Implementation
 from pallas_kernels.experts import api as experts_api
 from pallas_kernels.experts import cases as experts_cases
 from pallas_kernels.experts import reference as experts_reference
+from pallas_kernels.matvec import api as matvec_api
+from pallas_kernels.matvec import cases as matvec_cases
+from pallas_kernels.matvec import reference as matvec_reference
 from pallas_kernels.route import api as route_api
 from pallas_kernels.route import cases as route_cases
 from pallas_kernels.route import reference as route_reference
@@ -39,28 +42,38 @@ def _arguments(cases: ModuleType, case: Any) -> tuple[tuple, dict[str, Any]]:
     return cases.arguments(case)
 
 
-def check_experts(result_TD: jax.Array, case: experts_cases.Case) -> None:
+def check_numbers(definition: Callable, cases: ModuleType, result: Any, case: Any) -> None:
     """Close to the definition in float32, and not much further from it than the definition in the case's own dtype."""
-    exact_TD, own_error = _exact_experts(case)
-    assert result_TD.dtype == case.dtype
-    error = _relative_error(result_TD, exact_TD)
-    if case.dtype == "float32":
-        assert error <= FLOAT32_ERROR
-    else:
-        assert error <= BFLOAT16_ERROR
-        assert error <= 1.2 * own_error, f"the definition in bfloat16 has {own_error}"
+    exact, own_errors = _exact(definition, cases, case)
+    for array, exact_array, own_error in zip(*map(jax.tree.leaves, (result, exact, own_errors)), strict=True):
+        assert array.dtype == case.dtype
+        error = _relative_error(array, exact_array)
+        if case.dtype == "float32":
+            assert error <= FLOAT32_ERROR
+        else:
+            assert error <= BFLOAT16_ERROR
+            assert error <= 1.2 * own_error, f"the definition in bfloat16 has {own_error}"
 
 
 @functools.lru_cache(maxsize=1)
-def _exact_experts(case: experts_cases.Case) -> tuple[jax.Array, float]:
-    """The definition's result in float32, and the relative error of its result in the case's dtype."""
-    (x_TD, *others), named = _arguments(experts_cases, case)
-    static = {name: named[name] for name in ("activation", "first_expert")}
-    biases = {name: named[name] for name in ("up_bias_EGF", "down_bias_ED")}
-    reference = jax.jit(functools.partial(experts_reference.experts, **static))
+def _exact(definition: Callable, cases: ModuleType, case: Any) -> tuple[Any, Any]:
+    """The definition's results in float32, and the relative errors of its results in the case's dtype."""
+    operands, named = _arguments(cases, case)
+    arrays, static = aot.split_arrays(named)
+
+    def in_float32(operands: tuple, arrays: dict[str, Any]) -> Any:
+        return definition(*_floats_to_float32(operands), **_floats_to_float32(arrays), **static)
+
     with jax.default_matmul_precision("highest"):
-        exact_TD = reference(x_TD.astype(jnp.float32), *others, **biases)
-    return exact_TD, _relative_error(reference(x_TD, *others, **biases), exact_TD)
+        exact = jax.jit(in_float32)(operands, arrays)
+    own = jax.jit(functools.partial(definition, **static))(*operands, **arrays)
+    return exact, jax.tree.map(_relative_error, own, exact)
+
+
+def _floats_to_float32(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
+    )
 
 
 def _relative_error(result: jax.Array, exact: jax.Array) -> float:
@@ -87,7 +100,16 @@ class Op:
 
 
 OPS = {
-    "experts": Op(experts_api._implementations(), experts_cases, check_experts),
+    "experts": Op(
+        experts_api._implementations(),
+        experts_cases,
+        functools.partial(check_numbers, experts_reference.experts, experts_cases),
+    ),
+    "matvec": Op(
+        matvec_api._implementations(),
+        matvec_cases,
+        functools.partial(check_numbers, matvec_reference.matvec, matvec_cases),
+    ),
     "route": Op(route_api._implementations(), route_cases, check_route),
 }
 
@@ -117,13 +139,8 @@ def _split(
     implementation: Implementation, named: dict[str, Any]
 ) -> tuple[dict[str, Any], Callable[[tuple, dict], Any]]:
     """The arrays among the named arguments, and a function of operands and such arrays that knows the static ones."""
-    is_array = {name: isinstance(value, jax.Array | jax.ShapeDtypeStruct) for name, value in named.items()}
-    static = {name: value for name, value in named.items() if not is_array[name]}
-
-    def run(operands: tuple, arrays: dict[str, Any]) -> Any:
-        return implementation.run(*operands, **arrays, **static)
-
-    return {name: value for name, value in named.items() if is_array[name]}, run
+    arrays, static = aot.split_arrays(named)
+    return arrays, lambda operands, arrays: implementation.run(*operands, **arrays, **static)
 
 
 @pytest.mark.parametrize(("op", "implementation", "case"), ON_CPU)
