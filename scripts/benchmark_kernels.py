@@ -3,10 +3,11 @@
     python scripts/benchmark_kernels.py --shapes qwen3-30b mixtral --tokens 1 8 64 --baselines xla ragged_dot
 
 Random weights and tokens, hence nearly uniform routing; inputs rotate beyond the L2 cache; results are checked against
-the plain-JAX definition in the same run. `time_us` is the sum of the kernels' device times, `chained_us` the wall-clock
-time per layer of a program of eight layers (gaps between launches included). The floor is the time to read the experts
-that were active and the gate at 4.6 TB/s, or that of the FLOPs at 808 TFLOP/s, whichever is longer. Appends one JSON
-line for each point to --output; scripts/plot_kernels.py makes a table and a picture of them.
+the plain-JAX definition in the same run. Times are sums of the kernels' device times: gaps between launches, about a
+microsecond each in a CUDA graph, are not in them. The floor is the time to read the experts that were active and the
+gate at 4.6 TB/s, or that of the FLOPs at 808 TFLOP/s, whichever is longer. Appends one JSON line for each point to
+--output; scripts/plot_kernels.py makes a table and a picture of them. A process for each shape compiles while another
+measures.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from queue import Empty
@@ -29,6 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import dispatch, timing
 from pallas_kernels.experts import experts
@@ -41,7 +44,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BASELINE_TOKENS = (1, 8, 64, 512, 4096, 8192)
 BASELINES = ("xla", "ragged_dot", "tokamax", "torch")
 ROTATED_BYTES = 1e9
-CHAINED_LAYERS, CHAINED_ROUNDS, MOST_CHAINED_TOKENS = 8, 20, 64
 # Two bfloat16 computations, each within 4e-3 of the true value.
 LARGEST_ERROR = 8e-3
 
@@ -91,10 +93,9 @@ def baseline_experts() -> dict[str, Callable]:
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def make_weights(layer: Layer, router: Router, key: jax.Array) -> Weights:
+def make_weights(layer: Layer, router: Router, seed: jax.Array) -> Weights:
     """Random bfloat16 weights that keep values of unit size."""
-    keys = iter(jax.random.split(key, 7))
+    keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 7))
 
     def uniform(*shape: int, variance: float = 1.0) -> jax.Array:
         bound = (3 * variance) ** 0.5
@@ -125,45 +126,36 @@ def copies(layer: Layer) -> int:
     return max(1, round(ROTATED_BYTES / (layer.num_experts * layer.expert_bytes)))
 
 
-def chained(layer: LayerFunction) -> Callable[[jax.Array, list[Weights]], jax.Array]:
-    """`CHAINED_ROUNDS` times a chain of `CHAINED_LAYERS` layers, as a decode loop runs them."""
-
-    def one_round(_, carry: tuple[jax.Array, list[Weights]]) -> tuple[jax.Array, list[Weights]]:
-        x_TD, weights = carry
-        for index in range(CHAINED_LAYERS):
-            y_TD, _ = layer(x_TD, weights[index % len(weights)])
-            x_TD = x_TD + y_TD / CHAINED_ROUNDS
-        return x_TD, weights
-
-    return lambda x_TD, weights: jax.lax.fori_loop(0, CHAINED_ROUNDS, one_round, (x_TD, weights))[0]
-
-
-def chained_us(program: Callable[..., jax.Array], x_TD: jax.Array, weights: list[Weights]) -> float:
-    """Wall-clock time for each layer of the chain, the best of five runs."""
-    times_s = []
-    for _ in range(5):
-        start_s = time.perf_counter()
-        jax.block_until_ready(program(x_TD, weights))
-        times_s.append(time.perf_counter() - start_s)
-    return 1e6 * min(times_s) / (CHAINED_ROUNDS * CHAINED_LAYERS)
-
-
 def active_experts(experts_TA: jax.Array) -> int:
-    return len(set(experts_TA.reshape(-1).tolist()))
+    return len(np.unique(np.asarray(experts_TA)))
 
 
-Programs = dict[str, Any]  # compiled, by name: `ours`, `chained` layers of ours, and baselines; `xla` is the definition
+Programs = dict[
+    str, Any
+]  # compiled, by name: `ours`, baselines (`xla` is the definition), and what prepares and checks
+SEED = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+@functools.cache
+def compile_new_weights(name: str) -> Callable[[np.int32], Weights]:
+    return jax.jit(functools.partial(make_weights, LAYERS[name], ROUTERS[name])).lower(SEED).compile()
 
 
 def compile_point(name: str, tokens: int, baselines: list[str]) -> Programs:
     """What one shape and token count needs; a baseline that does not compile is shown and left out."""
     layer, found = LAYERS[name], baseline_experts()
     x_TD = jax.ShapeDtypeStruct((tokens, layer.model_width), jnp.bfloat16)
-    weights = jax.eval_shape(functools.partial(make_weights, layer, ROUTERS[name]), jax.random.key(0, impl="rbg"))
-    ours = layer_function(name)
-    programs = {"ours": jax.jit(ours).lower(x_TD, weights).compile()}
-    if tokens <= MOST_CHAINED_TOKENS:
-        programs["chained"] = jax.jit(chained(ours)).lower(x_TD, [weights] * copies(layer)).compile()
+    weights = jax.eval_shape(functools.partial(make_weights, layer, ROUTERS[name]), SEED)
+
+    def new_x(seed: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.key(seed, impl="rbg"), x_TD.shape, x_TD.dtype)
+
+    programs = {
+        "ours": jax.jit(layer_function(name)).lower(x_TD, weights).compile(),
+        "new_weights": compile_new_weights(name),
+        "new_x": jax.jit(new_x).lower(SEED).compile(),
+        "relative_error": jax.jit(relative_error).lower(x_TD, x_TD).compile(),
+    }
     for key, run_experts in found.items():
         is_timed = key in baselines and tokens in BASELINE_TOKENS and not takes_minutes(key, layer, tokens)
         if is_timed or key == "xla":
@@ -180,25 +172,15 @@ def takes_minutes(baseline: str, layer: Layer, tokens: int) -> bool:
     return baseline == "ragged_dot" and tokens * layer.active * layer.num_experts * layer.expert_bytes > 2e14
 
 
-def make_inputs(name: str, tokens: int, weights: list[Weights]) -> list[tuple[jax.Array, Weights]]:
-    """Enough inputs that what they read exceeds the L2 cache twice over."""
-    layer = LAYERS[name]
-    count = max(timing.rotations(Case(name, tokens, layer).read_bytes), len(weights))
-    keys = jax.random.split(jax.random.key(tokens, impl="rbg"), count)
-    shape = (tokens, layer.model_width)
-    return [
-        (jax.random.normal(key, shape, jnp.bfloat16), weights[index % len(weights)]) for index, key in enumerate(keys)
-    ]
-
-
 def measure(name: str, tokens: int, programs: Programs, weights: list[Weights], baselines: list[str]) -> dict[str, Any]:
     """The record of one shape and token count.
 
     Raises:
       ValueError: the result is not the definition's.
     """
-    inputs = make_inputs(name, tokens, weights)
-    error = relative_error(programs["ours"](*inputs[0])[0], programs["xla"](*inputs[0])[0])
+    count = max(timing.rotations(Case(name, tokens, LAYERS[name]).read_bytes), len(weights))
+    inputs = [(programs["new_x"](np.int32(index)), weights[index % len(weights)]) for index in range(count)]
+    error = float(programs["relative_error"](programs["ours"](*inputs[0])[0], programs["xla"](*inputs[0])[0]))
     if not error <= LARGEST_ERROR:
         raise ValueError(f"expected a relative error of at most {LARGEST_ERROR}, got {error}")
     active = [active_experts(programs["ours"](*arguments)[1]) for arguments in inputs]
@@ -215,8 +197,6 @@ def measure(name: str, tokens: int, programs: Programs, weights: list[Weights], 
         "relative_error": error,
         "kernels": [[kernel, round(time_us, 2)] for kernel, time_us in measured.kernels],
     }
-    if "chained" in programs:
-        record["chained_us"] = round(chained_us(programs["chained"], inputs[0][0], weights), 2)
     if tokens in BASELINE_TOKENS:
         record["baselines_us"] = {
             key: round(timing.measure(program, inputs[:1], repeats=2).time_us, 1)
@@ -226,9 +206,9 @@ def measure(name: str, tokens: int, programs: Programs, weights: list[Weights], 
     return record
 
 
-def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> float:
+def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> jax.Array:
     exact_TD = exact_TD.astype(jnp.float32)
-    return float(jnp.linalg.norm(y_TD.astype(jnp.float32) - exact_TD) / jnp.linalg.norm(exact_TD))
+    return jnp.linalg.norm(y_TD.astype(jnp.float32) - exact_TD) / jnp.linalg.norm(exact_TD)
 
 
 def run_shape(name: str, tokens: list[int], baselines: list[str], seconds: float, records: Any) -> None:
@@ -246,9 +226,7 @@ def run_shape(name: str, tokens: list[int], baselines: list[str], seconds: float
                 with timing.gpu_to_oneself():
                     if time.monotonic() > deadline_s:
                         raise concurrent.futures.TimeoutError
-                    if not weights:
-                        keys = jax.random.split(jax.random.key(0, impl="rbg"), copies(LAYERS[name]))
-                        weights = [make_weights(LAYERS[name], ROUTERS[name], key) for key in keys]
+                    weights = weights or [programs["new_weights"](np.int32(i)) for i in range(copies(LAYERS[name]))]
                     records.put(measure(name, count, programs, weights, baselines))
             except concurrent.futures.TimeoutError:
                 print(f"{name}, {count} tokens: left out, --seconds are over", flush=True)
@@ -259,26 +237,33 @@ def run_shape(name: str, tokens: list[int], baselines: list[str], seconds: float
     records.put(None)
 
 
-def torch_records(shapes: list[str], tokens: list[int]) -> dict[tuple[str, int], float]:
-    """Microseconds of torch's grouped_mm layer by (shape, tokens), measured by a process of its own."""
+def torch_records(shapes: list[str], tokens: list[int], timeout_s: float) -> dict[tuple[str, int], float]:
+    """Microseconds of torch's grouped_mm layer by (shape, tokens), from a process of its own; what it had in time."""
     script = pathlib.Path(__file__).with_name("benchmark_torch_experts.py")
     points = [json.dumps([dataclasses.asdict(LAYERS[name]), name, count]) for name in shapes for count in tokens]
-    done = subprocess.run([sys.executable, script], input="\n".join(points), capture_output=True, text=True)
-    if done.returncode:
-        print(f"torch: left out, {script.name} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=output, text=True)
+        try:
+            process.communicate("\n".join(points), timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            print(f"torch: {script.name} ended early ({process.returncode}); what it measured is kept", flush=True)
+        output.seek(0)
+        rows = [json.loads(line) for line in output if line.endswith("}\n")]
     return {(row["shape"], row["tokens"]): row["time_us"] for row in rows}
 
 
 def summary(records: list[dict[str, Any]]) -> str:
-    lines = [f"{'shape':16} {'tokens':>6} {'us':>9} {'chained':>8} {'floor':>8} {'of it':>6} {'active':>6}  others"]
+    lines = [f"{'shape':16} {'tokens':>6} {'us':>9} {'floor':>8} {'of it':>6} {'active':>6}  others"]
     for record in records:
         if "error" in record:
             lines.append(f"{record['shape']:16} {record['tokens']:6} {record['error'][:140]}")
             continue
         others = " ".join(f"{name}={time_us:.0f}" for name, time_us in record.get("baselines_us", {}).items())
         lines.append(
-            f"{record['shape']:16} {record['tokens']:6} {record['time_us']:9.1f} {record.get('chained_us', 0):8.1f} "
+            f"{record['shape']:16} {record['tokens']:6} {record['time_us']:9.1f} "
             f"{record['floor_us']:8.1f} {record['fraction_of_floor']:6.1%} {record['active_experts']:6.1f}  {others}"
         )
     return "\n".join(lines)
@@ -328,7 +313,7 @@ def main() -> int:
             process.start()
         torch_us = {}
         if "torch" in flags.baselines and importlib.util.find_spec("torch"):
-            torch_us = torch_records(flags.shapes, [count for count in ordered if count in BASELINE_TOKENS])
+            torch_us = torch_records(flags.shapes, [n for n in ordered if n in BASELINE_TOKENS], flags.seconds / 3)
     records = []
     for record in received(queue, processes):
         point = (record["shape"], record["tokens"])

@@ -55,7 +55,8 @@ def table(records: Records) -> str:
         "Made by `scripts/plot_kernels.py` from `kernels.jsonl`, which `scripts/benchmark_kernels.py` measured.",
         "",
         "Microseconds of device time with routing, and the fraction of the floor: the bytes of the active experts",
-        "and the gate at 4.6 TB/s or the FLOPs at 808 TFLOP/s, whichever takes longer.",
+        "and the gate at 4.6 TB/s or the FLOPs at 808 TFLOP/s, whichever takes longer. Times are sums over kernels, without",
+        "the gaps between launches, about a microsecond each in a CUDA graph (torch is timed with its gaps, in a graph).",
         "",
         *_rows(
             "shape", tokens, {shape: [_own(by_tokens.get(n)) for n in tokens] for shape, by_tokens in records.items()}
@@ -73,13 +74,7 @@ def table(records: Records) -> str:
         for name in LABELS
         if name != "ours" and any(name in record.get("baselines_us", {}) for record in by_tokens.values())
     }
-    chained = {shape: [_chained(by_tokens.get(n)) for n in tokens] for shape, by_tokens in records.items()}
-    kept = [index for index, _ in enumerate(tokens) if any(cells[index] for cells in chained.values())]
     lines += _rows("layer", compared, others)
-    lines += ["", "Wall-clock microseconds for each layer of a program of eight, gaps between launches included.", ""]
-    lines += _rows(
-        "shape", [tokens[i] for i in kept], {shape: [cells[i] for i in kept] for shape, cells in chained.items()}
-    )
     return "\n".join(lines) + "\n"
 
 
@@ -94,11 +89,6 @@ def _own(record: dict[str, Any] | None) -> str:
 
 def _other(record: dict[str, Any] | None, name: str) -> str:
     time_us = (record or {}).get("baselines_us", {}).get(name)
-    return _us(time_us) if time_us else ""
-
-
-def _chained(record: dict[str, Any] | None) -> str:
-    time_us = (record or {}).get("chained_us")
     return _us(time_us) if time_us else ""
 
 
