@@ -171,6 +171,20 @@ def test_no_races(op: Op, implementation: Implementation, case: Any) -> None:
     assert not detector.races_found
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("op", "implementation", "case"), [parameter for parameter in ON_GPU if parameter.values[0] is OPS["matvec"]]
+)
+def test_projection_compiles(op: Op, implementation: Implementation, case: Any) -> None:
+    operands, named = aot.shapes_of(functools.partial(op.cases.arguments, case))
+    arrays, run = _split(implementation, named)
+    program = aot.compile_for_h200(run, operands, arrays)
+    assert len(program.launches) == 1
+    (kernel,) = program.kernels
+    assert kernel.spill_bytes == 0
+    assert kernel.shared_memory_bytes <= aot.SHARED_MEMORY_BYTES
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "implementation", "case"), ON_GPU + INTERPRETED)
 def test_on_gpu(op: Op, implementation: Implementation, case: Any) -> None:
