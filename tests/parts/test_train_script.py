@@ -43,6 +43,7 @@ def options(script, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_writes_a_checkpoint_losses_and_a_picture(script, options, capsys):
     script.main(options)
     assert "step 4" in capsys.readouterr().out
