@@ -5,7 +5,20 @@ out = moe_jax.generate(model, ["ROMEO:", "To be"], max_new_tokens=64)
 """
 
 from moe_jax.generate import Generated, Piece, RoutingTrace, generate, logits, stream
-from moe_jax.model import Model, load, save
+from moe_jax.model import Model, load, load_orbax, save, save_orbax
 from moe_jax.sampling import Sampling
 
-__all__ = ["Generated", "Model", "Piece", "RoutingTrace", "Sampling", "generate", "load", "logits", "save", "stream"]
+__all__ = [
+    "Generated",
+    "Model",
+    "Piece",
+    "RoutingTrace",
+    "Sampling",
+    "generate",
+    "load",
+    "load_orbax",
+    "logits",
+    "save",
+    "save_orbax",
+    "stream",
+]

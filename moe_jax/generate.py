@@ -515,10 +515,10 @@ def _extras(state: State, index: int) -> dict[str, np.ndarray]:
     """What was recorded with the token at `index`, a row per request, by the names of `Piece`."""
     extras = {}
     if state.logprobs_BU is not None:
-        extras["logprob"] = np.asarray(state.logprobs_BU[:, index])
+        extras["logprob"] = np.asarray(state.logprobs_BU)[:, index]
     if state.experts_BLUA is not None and state.weights_BLUA is not None:
-        extras["experts_LA"] = np.asarray(state.experts_BLUA[:, :, index])
-        extras["weights_LA"] = np.asarray(state.weights_BLUA[:, :, index])
+        extras["experts_LA"] = np.asarray(state.experts_BLUA)[:, :, index]
+        extras["weights_LA"] = np.asarray(state.weights_BLUA)[:, :, index]
     return extras
 
 

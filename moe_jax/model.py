@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from jax.sharding import Mesh
 
 import sharding
 from moe_jax import memory, models
-from moe_jax.checkpoints import hub, load_parameters, save_parameters
+from moe_jax.checkpoints import hub, load_parameters, orbax, save_parameters
 from moe_jax.tokenizer import Tokenizer
 
 BUNDLED = {"shakespeare": Path(__file__).parent / "bundled" / "shakespeare"}
+PARAMETERS = "parameters"  # the folder of an Orbax checkpoint beside the tokenizer
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -76,24 +78,10 @@ def load(
       ValueError: the architecture is unknown, its config asks for something unsupported, or the files do not hold exactly the
         model's tensors (everything wrong in one message).
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if strategy is not None and mesh is None:
-        raise ValueError(f'expected a mesh beside strategy={strategy!r}, got mesh=None: pass for example mesh="ep=2"')
-    mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
+    _check_placement(dtype, mesh, strategy)
     directory = BUNDLED.get(str(path_or_id)) or hub.resolve(path_or_id)
     hf_config = _read_json(directory / "config.json")
-    family = models.family_of(hf_config)
-    config = family.Config.from_hf(hf_config)
-    graph, abstract = abstract_parameters(family, config, dtype=dtype)
-    if mesh is not None:
-        abstract = _placed(abstract, mesh, strategy or "eptp")
-    shapes = {name: leaf for name, (leaf, _) in abstract.items()}
-    memory.require(
-        shapes.values(),
-        what=f"{path_or_id} in {dtype}",
-        remedy='use dtype="bfloat16", or split it over more devices with mesh="ep=2"',
-    )
+    family, config, graph, shapes = _prepared(hf_config, str(path_or_id), dtype, mesh, strategy)
     loaded = load_parameters(directory, shapes, family.rules(config), check_finite=check_finite)
     return Model(
         module=_merged(graph, loaded),
@@ -102,6 +90,29 @@ def load(
         tokenizer=Tokenizer(directory) if Tokenizer.is_in(directory) else None,
         stop_token_ids=_stop_token_ids(directory, config),
         name=str(path_or_id),
+    )
+
+
+def load_orbax(
+    directory: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | str | None = None, strategy: str | None = None
+) -> Model:
+    """Loads what `save_orbax` wrote, placed as asked for here, whatever mesh it was saved from; arguments are those of `load`.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    _check_placement(dtype, mesh, strategy)
+    directory = Path(directory)
+    hf_config = orbax.read_orbax_config(directory / PARAMETERS)
+    _, config, graph, shapes = _prepared(hf_config, str(directory), dtype, mesh, strategy)
+    loaded = orbax.load_orbax(directory / PARAMETERS, shapes)
+    return Model(
+        module=_merged(graph, loaded),
+        config=config,
+        hf_config=hf_config,
+        tokenizer=Tokenizer(directory) if Tokenizer.is_in(directory) else None,
+        stop_token_ids=_stop_token_ids(directory, config),
+        name=str(directory),
     )
 
 
@@ -118,6 +129,18 @@ def save(model: Model, directory: str | Path) -> None:
     config.pop("torch_dtype", None)
     tokenizer_files = model.tokenizer.files() if model.tokenizer else ()
     save_parameters(Path(directory), stored, family.rules(model.config), config=config, tokenizer_files=tokenizer_files)
+
+
+def save_orbax(model: Model, directory: str | Path) -> None:
+    """Writes an Orbax checkpoint, each device's shards as they lie, and the tokenizer beside it.
+
+    Raises:
+      ValueError: there is a checkpoint already.
+    """
+    directory = Path(directory)
+    orbax.save_orbax(directory / PARAMETERS, parameters(model.module), dict(model.hf_config))
+    for file in model.tokenizer.files() if model.tokenizer else ():
+        shutil.copyfile(file, directory / file.name)
 
 
 def parameters(module: nnx.Module) -> dict[str, jax.Array]:
@@ -150,6 +173,30 @@ def _merged(graph: tuple[Any, Any], loaded: Mapping[str, jax.Array]) -> nnx.Modu
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _check_placement(dtype: str, mesh: Mesh | str | None, strategy: str | None) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if strategy is not None and mesh is None:
+        raise ValueError(f'expected a mesh beside strategy={strategy!r}, got mesh=None: pass for example mesh="ep=2"')
+
+
+def _prepared(hf_config: dict[str, Any], name: str, dtype: str, mesh: Mesh | str | None, strategy: str | None):
+    """The family, its config, the model's graph, and every parameter's shape and place; refuses what does not fit."""
+    family = models.family_of(hf_config)
+    config = family.Config.from_hf(hf_config)
+    graph, abstract = abstract_parameters(family, config, dtype=dtype)
+    if mesh is not None:
+        mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
+        abstract = _placed(abstract, mesh, strategy or "eptp")
+    shapes = {path: leaf for path, (leaf, _) in abstract.items()}
+    memory.require(
+        shapes.values(),
+        what=f"{name} in {dtype}",
+        remedy='use dtype="bfloat16", or split it over more devices with mesh="ep=2"',
+    )
+    return family, config, graph, shapes
 
 
 def _placed(abstract, mesh: Mesh, strategy: str):

@@ -107,6 +107,19 @@ def test_save_refuses_to_overwrite(model, directory):
         moe_jax.save(model, directory)
 
 
+def test_orbax_and_back_on_another_mesh(model, directory, tmp_path):
+    split = moe_jax.load(directory, dtype="float32", mesh="ep=2,tp=2")
+    moe_jax.save_orbax(split, tmp_path / "orbax")
+    want = moe_jax.generate(model, "abc", max_new_tokens=8).texts
+    for options in ({}, dict(mesh="tp=2", strategy="tp")):
+        again = moe_jax.load_orbax(tmp_path / "orbax", dtype="float32", **options)
+        assert moe_jax.generate(again, "abc", max_new_tokens=8).texts == want
+    with pytest.raises(ValueError, match=r"expected .* not to exist yet"):
+        moe_jax.save_orbax(model, tmp_path / "orbax")
+    with pytest.raises(ValueError, match="expected a directory that save_orbax wrote"):
+        moe_jax.load_orbax(directory)
+
+
 def test_saved_and_loaded_again(model, tmp_path):
     moe_jax.save(model, tmp_path / "again")
     again = moe_jax.load(tmp_path / "again", dtype="float32")
