@@ -39,7 +39,7 @@ from pallas_kernels.route.api import Routing
 
 NAME = "compact"
 TOKEN_TILES = (8, 16, 32, 64, 128)
-MOST_TOKENS = 512
+MOST_TOKENS_OF_AN_EXPERT = 40  # on average; with more, tokens load as many bytes as weights, and `grouped` does better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,8 +323,12 @@ def _supports(device: dispatch.Device, x_TD, routing: Routing, up_EGFD, down_EDF
         return f"it needs widths that are multiples of 16, and these are D={model_width}, F={width}"
     if grouped_rows_sm90.box(model_width) is None:
         return f"it copies rows as rectangles of at most 256 x 256, and D={model_width} is none"
-    if x_TD.shape[0] > MOST_TOKENS:
-        return f"it takes at most {MOST_TOKENS} tokens, got {x_TD.shape[0]}"
+    tokens_of_an_expert = routing.experts_TA.size / routing.logits_TE.shape[1]
+    if tokens_of_an_expert > MOST_TOKENS_OF_AN_EXPERT:
+        return (
+            f"it streams weights past a few tokens: at most {MOST_TOKENS_OF_AN_EXPERT} for each expert on average, "
+            f"and here are {tokens_of_an_expert:.0f}"
+        )
     return None
 
 

@@ -51,7 +51,7 @@ class WeightTiles:
 
 
 def load_pieces(stack_gmem, places, columns, slot_smem, full, *, in_one_copy: bool) -> None:
-    """Starts to load both pieces. Each copy costs the producer warp dozens of barrier operations: better one than two."""
+    """Starts to load both pieces of a slot."""
     if in_one_copy:
         (first, row), _ = places
         plgpu.copy_gmem_to_smem(stack_gmem.at[pl.ds(first, PIECES), pl.ds(row, ROWS), columns], slot_smem, full)
