@@ -71,7 +71,8 @@ class MoE(nnx.Module):
         y_BTD = y_TD.reshape(B, T, D)
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD)
-        return y_BTD, routing
+        # What the router prepared for the kernels is of no use outside.
+        return y_BTD, dataclasses.replace(routing, plan=None, places=None)
 
 
 def dropped_over_capacity(routing: Routing, *, batch: int, capacity: int) -> Routing:
@@ -85,4 +86,7 @@ def dropped_over_capacity(routing: Routing, *, batch: int, capacity: int) -> Rou
         routing,
         weights_TA=jnp.where(is_kept_TA, routing.weights_TA, 0.0),
         experts_TA=jnp.where(is_kept_TA, routing.experts_TA, DROPPED),
+        # What the router prepared for the kernels still has the dropped ones: they prepare it anew.
+        plan=None,
+        places=None,
     )
