@@ -100,7 +100,9 @@ def combine(values_MD: jax.Array, scales_NM: jax.Array, rows_TA, weights_TA, *, 
         token = lax.axis_index("token")
         rows = [rows_gmem[token, a] for a in range(active)]
         weights = [weights_gmem[token, a] for a in range(active)]
-        for tile in range(num_tiles):
+
+        @pl.loop(0, num_tiles)  # unrolled it is 4 % faster and compiles for twenty seconds
+        def _tile(tile):
             total = jnp.zeros((columns,), jnp.float32)
             for row, weight in zip(rows, weights, strict=True):
                 there = lax.max(row, 0)
@@ -109,6 +111,7 @@ def combine(values_MD: jax.Array, scales_NM: jax.Array, rows_TA, weights_TA, *, 
                 # Selected after the product: a row that was never written may hold anything.
                 total = total + jnp.where(jnp.full((columns,), row >= 0), factor * value, 0.0)
             out_smem[pl.ds(tile * columns, columns)] = total.astype(dtype)
+
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, model_width)], out_gmem.at[token])
         plgpu.wait_smem_to_gmem(0)
