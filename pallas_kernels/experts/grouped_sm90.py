@@ -54,7 +54,7 @@ def experts(
 
 
 def default_settings() -> dict[str, int]:
-    return dict(warpgroups=2, up_band=8, down_band=8)
+    return dict(warpgroups=2, up_band=8, down_band=4)
 
 
 def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, *, down_bias_ED=None, **arguments) -> list[dict[str, int]]:
