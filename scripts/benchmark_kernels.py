@@ -141,30 +141,30 @@ def compile_new_weights(name: str) -> Callable[[np.int32], Weights]:
     return jax.jit(functools.partial(make_weights, LAYERS[name], ROUTERS[name])).lower(SEED).compile()
 
 
-def compile_point(name: str, tokens: int, baselines: list[str]) -> Programs:
-    """What one shape and token count needs; a baseline that does not compile is shown and left out."""
-    layer, found = LAYERS[name], baseline_experts()
-    x_TD = jax.ShapeDtypeStruct((tokens, layer.model_width), jnp.bfloat16)
-    weights = jax.eval_shape(functools.partial(make_weights, layer, ROUTERS[name]), SEED)
+def compile_layer(name: str, tokens: int, layer: LayerFunction) -> Any:
+    x_TD = jax.ShapeDtypeStruct((tokens, LAYERS[name].model_width), jnp.bfloat16)
+    weights = jax.eval_shape(functools.partial(make_weights, LAYERS[name], ROUTERS[name]), SEED)
+    return jax.jit(layer).lower(x_TD, weights).compile()
+
+
+def compile_baseline(name: str, tokens: int, baseline: str) -> Any:
+    return compile_layer(name, tokens, layer_function(name, "reference", baseline_experts()[baseline]))
+
+
+def compile_point(name: str, tokens: int) -> Programs:
+    """What one shape and token count needs."""
+    x_TD = jax.ShapeDtypeStruct((tokens, LAYERS[name].model_width), jnp.bfloat16)
 
     def new_x(seed: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.key(seed, impl="rbg"), x_TD.shape, x_TD.dtype)
 
-    programs = {
-        "ours": jax.jit(layer_function(name)).lower(x_TD, weights).compile(),
+    return {
+        "ours": compile_layer(name, tokens, layer_function(name)),
+        "xla": compile_baseline(name, tokens, "xla"),
         "new_weights": compile_new_weights(name),
         "new_x": jax.jit(new_x).lower(SEED).compile(),
         "relative_error": jax.jit(relative_error).lower(x_TD, x_TD).compile(),
     }
-    for key, run_experts in found.items():
-        is_timed = key in baselines and tokens in BASELINE_TOKENS and not takes_minutes(key, layer, tokens)
-        if is_timed or key == "xla":
-            try:
-                function = layer_function(name, "reference", run_experts)
-                programs[key] = jax.jit(function).lower(x_TD, weights).compile()
-            except Exception as error:
-                print(f"{name}, {tokens} tokens: {key} left out, {str(error)[:200]}", file=sys.stderr, flush=True)
-    return programs
 
 
 def takes_minutes(baseline: str, layer: Layer, tokens: int) -> bool:
@@ -172,7 +172,7 @@ def takes_minutes(baseline: str, layer: Layer, tokens: int) -> bool:
     return baseline == "ragged_dot" and tokens * layer.active * layer.num_experts * layer.expert_bytes > 2e14
 
 
-def measure(name: str, tokens: int, programs: Programs, weights: list[Weights], baselines: list[str]) -> dict[str, Any]:
+def measure(name: str, tokens: int, programs: Programs, weights: list[Weights]) -> dict[str, Any]:
     """The record of one shape and token count.
 
     Raises:
@@ -187,7 +187,7 @@ def measure(name: str, tokens: int, programs: Programs, weights: list[Weights], 
     mean_active = sum(active) / len(active)
     measured = timing.measure(programs["ours"], inputs)
     floor = floor_us(LAYERS[name], tokens, mean_active)
-    record = {
+    return {
         "shape": name,
         "tokens": tokens,
         "time_us": round(measured.time_us, 2),
@@ -196,14 +196,12 @@ def measure(name: str, tokens: int, programs: Programs, weights: list[Weights], 
         "active_experts": round(mean_active, 2),
         "relative_error": error,
         "kernels": [[kernel, round(time_us, 2)] for kernel, time_us in measured.kernels],
+        "baselines_us": {"xla": baseline_us(programs["xla"], inputs[0])} if tokens in BASELINE_TOKENS else {},
     }
-    if tokens in BASELINE_TOKENS:
-        record["baselines_us"] = {
-            key: round(timing.measure(program, inputs[:1], repeats=2).time_us, 1)
-            for key, program in programs.items()
-            if key in baselines
-        }
-    return record
+
+
+def baseline_us(program: Any, arguments: tuple[jax.Array, Weights]) -> float:
+    return round(timing.measure(program, [arguments], repeats=2).time_us, 1)
 
 
 def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> jax.Array:
@@ -212,29 +210,51 @@ def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> jax.Array:
 
 
 def run_shape(name: str, tokens: list[int], baselines: list[str], seconds: float, records: Any) -> None:
-    """Puts a record of each token count into the queue `records`, None last.
+    """Puts a record of each token count into the queue `records`, the same again with each slow baseline, None last.
 
     A point that fails gives a record with its `error`, and the others go on.
     """
     deadline_s = time.monotonic() + seconds
     weights: list[Weights] = []
+    measured: dict[int, dict[str, Any]] = {}
+
+    def measure_point(count: int, programs: Programs) -> None:
+        weights.extend(programs["new_weights"](np.int32(i)) for i in range(len(weights), copies(LAYERS[name])))
+        measured[count] = measure(name, count, programs, weights)
+
+    def measure_baseline(count: int, baseline: str, program: Any) -> None:
+        x_TD = jax.random.normal(jax.random.key(0), (count, LAYERS[name].model_width), jnp.bfloat16)
+        measured[count]["baselines_us"][baseline] = baseline_us(program, (x_TD, weights[0]))
+
+    slow = [(count, key) for count in tokens for key in baselines if is_timed_later(key, name, count)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        compiling = {count: pool.submit(compile_point, name, count, baselines) for count in tokens}
-        for count, future in compiling.items():
+        work = [(count, measure_point, (), pool.submit(compile_point, name, count)) for count in tokens]
+        work += [(n, measure_baseline, (key,), pool.submit(compile_baseline, name, n, key)) for n, key in slow]
+        while work:
+            count, run, arguments, future = work.pop(0)
             try:
-                programs = future.result(timeout=max(0.0, deadline_s - time.monotonic()))
+                compiled = future.result(timeout=max(0.0, deadline_s - time.monotonic()))
                 with timing.gpu_to_oneself():
                     if time.monotonic() > deadline_s:
-                        raise concurrent.futures.TimeoutError
-                    weights = weights or [programs["new_weights"](np.int32(i)) for i in range(copies(LAYERS[name]))]
-                    records.put(measure(name, count, programs, weights, baselines))
-            except concurrent.futures.TimeoutError:
-                print(f"{name}, {count} tokens: left out, --seconds are over", flush=True)
+                        raise TimeoutError
+                    run(count, *arguments, compiled)
+                records.put(measured[count])
+            except TimeoutError:
+                print(f"{name}, {count} tokens: left out, --seconds are over", *arguments, flush=True)
             except Exception as error:
-                records.put({"shape": name, "tokens": count, "error": f"{type(error).__name__}: {error}"[:500]})
-            compiling[count] = None  # the programs hold device memory
+                message = f"{type(error).__name__}: {error}"[:500]
+                if run is measure_point:
+                    records.put({"shape": name, "tokens": count, "error": message})
+                else:
+                    print(f"{name}, {count} tokens: left out,", *arguments, message, flush=True)
         pool.shutdown(wait=False, cancel_futures=True)
     records.put(None)
+
+
+def is_timed_later(baseline: str, name: str, tokens: int) -> bool:
+    """Baselines other than XLA, which checks results too, come after all that is ours."""
+    is_slow = baseline != "xla" and baseline in baseline_experts()
+    return is_slow and tokens in BASELINE_TOKENS and not takes_minutes(baseline, LAYERS[name], tokens)
 
 
 def torch_records(shapes: list[str], tokens: list[int], timeout_s: float) -> dict[tuple[str, int], float]:
@@ -313,19 +333,18 @@ def main() -> int:
             process.start()
         torch_us = {}
         if "torch" in flags.baselines and importlib.util.find_spec("torch"):
-            torch_us = torch_records(flags.shapes, [n for n in ordered if n in BASELINE_TOKENS], flags.seconds / 3)
-    records = []
+            torch_us = torch_records(flags.shapes, [n for n in ordered if n in BASELINE_TOKENS], flags.seconds / 6)
+    records = {}
     for record in received(queue, processes):
         point = (record["shape"], record["tokens"])
         if point in torch_us:
             record.setdefault("baselines_us", {})["torch"] = torch_us[point]
         print(summary([record]).splitlines()[1], flush=True)
         timing.append_record(flags.output, record)
-        records.append(record)
-    order = {name: index for index, name in enumerate(flags.shapes)}
-    records.sort(key=lambda record: (order[record["shape"]], record["tokens"]))
-    print(summary(records))
-    return int(any("error" in record for record in records))
+        records[point] = record
+    ordered_records = [records[name, n] for name in flags.shapes for n in sorted(flags.tokens) if (name, n) in records]
+    print(summary(ordered_records))
+    return int(any("error" in record for record in ordered_records))
 
 
 if __name__ == "__main__":
