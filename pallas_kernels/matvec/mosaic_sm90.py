@@ -38,6 +38,7 @@ MOST_RESIDENT = 3  # blocks on a multiprocessor: while one begins or ends, the o
 LEAST_STEPS = 4  # of a block: while one is multiplied, the others load
 DEPTH = 128  # columns of a step
 SHARED_MEMORY_BYTES = 227 << 10
+SWIZZLED = 64  # columns that a swizzled copy arranges together
 CHUNK = 64  # columns of the input that are scaled at a time: one tile of registers
 
 
@@ -82,6 +83,8 @@ def _matvec(
         x_TI = jnp.pad(x_TI, ((0, tokens - num_tokens), (0, 0)))
         if residual_TO is not None:
             residual_TO = jnp.pad(residual_TO, ((0, tokens - num_tokens), (0, 0)))
+    if residual_TO is not None and residual_TO.shape[1] % ROWS:  # as the results: swizzled copies want whole tiles
+        residual_TO = jnp.pad(residual_TO, ((0, 0), (0, -residual_TO.shape[1] % ROWS)))
     pieces = 1 if activation is None else weights[0].shape[0]
     steps, tiles = pl.cdiv(width, depth), [pl.cdiv(weight.shape[-2], ROWS) for weight in weights]
     has_norm, has_bias, has_residual = (value is not None for value in (norm_weight_I, biases, residual_TO))
@@ -142,7 +145,7 @@ def _matvec(
                 return squares_CT
 
             if not has_norm:
-                pl.loop(0, count)(lambda j: step(j) and None)
+                pl.loop(0, count)(step)
                 return [acc[...] for acc in accs]
             zeros_CT = plgpu.layout_cast(jnp.zeros((CHUNK, tokens), jnp.float32), plgpu.Layout.WGMMA_TRANSPOSED)
             squares_CT = lax.fori_loop(0, count, step, zeros_CT)
@@ -252,7 +255,7 @@ def _matvec(
         scratch["parts_full"] = plgpu.Barrier(num_arrivals=(parts - 1) * num_sums)
     results = plgpu.kernel(
         kernel,
-        out_type=tuple(jax.ShapeDtypeStruct((x_TI.shape[0], weight.shape[-2]), dtype) for weight in weights),
+        out_type=tuple(jax.ShapeDtypeStruct((x_TI.shape[0], count * ROWS), dtype) for count in tiles),
         grid=(sum(tiles),),
         grid_names=("tile",),
         num_threads=2,
@@ -262,7 +265,7 @@ def _matvec(
         compiler_params=COMPILER,
         **cluster,
     )(x_TI, *optional.values(), *weights)
-    return tuple(y_TO[:num_tokens] for y_TO in results)
+    return tuple(y_TO[:num_tokens, : weight.shape[-2]] for y_TO, weight in zip(results, weights, strict=True))
 
 
 def _whole(tokens: int):
@@ -331,9 +334,11 @@ def _supports(device: dispatch.Device, x_TI, weights, **arguments) -> str | None
     for name, array in (("x_TI", x_TI), *(("a weight", weight) for weight in weights)):
         if array.dtype != jnp.bfloat16:
             return f"it multiplies bfloat16, and {name} is {array.dtype}"
-    widths = (x_TI.shape[1], *(weight.shape[-2] for weight in weights))
-    if any(width % 16 for width in widths):
-        return f"it needs widths that are multiples of 16, and these are {', '.join(map(str, widths))}"
+    if x_TI.shape[1] % SWIZZLED:
+        return f"it reads {SWIZZLED} columns at a time, and x_TI has {x_TI.shape[1]}"
+    outs = [weight.shape[-2] for weight in weights]
+    if any(out % 16 for out in outs):
+        return f"it computes multiples of 16 columns, and the weights have {', '.join(map(str, outs))}"
     if x_TI.shape[0] > MOST_TOKENS:
         return f"it keeps all rows in one tile: at most {MOST_TOKENS}, got {x_TI.shape[0]}"
     return None
