@@ -130,9 +130,8 @@ def active_experts(experts_TA: jax.Array) -> int:
     return len(np.unique(np.asarray(experts_TA)))
 
 
-Programs = dict[
-    str, Any
-]  # compiled, by name: `ours`, baselines (`xla` is the definition), and what prepares and checks
+# Compiled, by name: `ours`, `xla` (the definition), and what makes inputs and checks results.
+Programs = dict[str, Any]
 SEED = jax.ShapeDtypeStruct((), jnp.int32)
 
 
