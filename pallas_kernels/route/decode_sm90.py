@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mosaic_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
@@ -35,8 +34,6 @@ GROUP = 8  # tokens that one block owns
 MAX_BLOCKS = 8  # the largest portable cluster
 STAGE_BYTES = 96 * 1024  # of the ring that the gate streams through
 
-# The cluster barrier is not specified to order global memory between blocks.
-FENCE = "fence.acq_rel.gpu;"
 _OPERAND = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 _PART = (plgpu.TilingTransform((8, GROUP)), plgpu.SwizzleTransform(32))
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector that varies along the rows of a tile
@@ -80,8 +77,31 @@ class _Sizes:
         return min(self.workers, self.tiles)
 
     @property
-    def groups_per_owner(self) -> int:
+    def owned(self) -> int:
+        """Groups of tokens that a block chooses for."""
         return pl.cdiv(self.groups, self.blocks)
+
+    @property
+    def replicas(self) -> int:
+        """Blocks that share a group, each choosing for every so many-th token of it."""
+        return max(1, self.blocks // self.groups)
+
+    @property
+    def places(self) -> int:
+        """Tokens of a group that one block chooses for."""
+        return GROUP // self.replicas
+
+    def owners(self, group: int) -> list[int]:
+        """The blocks that choose for the tokens of a group, without those that would find none."""
+        if self.owned > 1:
+            return [group % self.blocks]
+        num_tokens = max(0, self.tokens - group * GROUP)
+        return [group * self.replicas + replica for replica in range(min(self.replicas, num_tokens))]
+
+    @property
+    def choosers(self) -> int:
+        """Blocks that have tokens; the first of them is block 0."""
+        return len({owner for group in range(self.groups) for owner in self.owners(group)})
 
     @property
     def stages(self) -> int:
@@ -90,14 +110,16 @@ class _Sizes:
 
 
 def route(x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None) -> Routing:
-    blocks = _blocks(dispatch.current_device().num_sms, x_TD.shape[1] // TILE)
+    blocks = _blocks(dispatch.current_device().num_sms, x_TD.shape[1] // TILE, gate_ED.shape[0])
     return _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, rule=rule, blocks=blocks)
 
 
-def _blocks(num_sms: int, width_tiles: int) -> int:
-    """Blocks in the cluster: a power of two, each with something to multiply."""
+def _blocks(num_sms: int, width_tiles: int, num_experts: int) -> int:
+    """Blocks in the cluster: a power of two, each with something to multiply and with room for the parts of all."""
     # The interpreter has no access to the shared memory of other blocks: there, on its 2 multiprocessors, 1 block.
-    return min(MAX_BLOCKS, 1 << (width_tiles.bit_length() - 1)) if num_sms >= MAX_BLOCKS else 1
+    if num_sms < MAX_BLOCKS:
+        return 1
+    return min(MAX_BLOCKS if num_experts <= 4 * TILE else MAX_BLOCKS // 2, 1 << (width_tiles.bit_length() - 1))
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "blocks"))
@@ -108,17 +130,16 @@ def _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, *, rule: RoutingRule, b
     sizes = _Sizes(num_tokens, num_experts, rows, width, blocks)
     biases = {"gate": gate_bias_E, "selection": selection_bias_E}
     biases = {name: bias_E.astype(jnp.float32) for name, bias_E in biases.items() if bias_E is not None}
-    weights_TA, experts_TA, logits_TE, combine_ET, active_E, num_active, signals, _ = plgpu.kernel(
+    weights_TA, experts_TA, logits_TE, combine_ET, active_E, num_active, signals = plgpu.kernel(
         functools.partial(_route_kernel, sizes=sizes, rule=rule, bias_names=tuple(biases)),
         out_type=(
             jax.ShapeDtypeStruct((num_tokens, rule.top_k), jnp.float32),
             jax.ShapeDtypeStruct((num_tokens, rule.top_k), jnp.int32),
-            jax.ShapeDtypeStruct((num_tokens, rows), jnp.float32),
-            jax.ShapeDtypeStruct((rows, sizes.token_tile), jnp.float32),
-            jax.ShapeDtypeStruct((rows,), jnp.int32),
+            jax.ShapeDtypeStruct((num_tokens, num_experts), jnp.float32),
+            jax.ShapeDtypeStruct((num_experts, sizes.token_tile), jnp.float32),
+            jax.ShapeDtypeStruct((num_experts,), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
             jax.ShapeDtypeStruct((NUM_SIGNALS,), jnp.int32),
-            jax.ShapeDtypeStruct((blocks, sizes.tiles, TILE), jnp.int32),  # flags from block to block
         ),
         cluster=(blocks,),
         cluster_names=("block",),
@@ -128,8 +149,7 @@ def _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, *, rule: RoutingRule, b
         scratch_types=_scratch(sizes, num_biases=len(biases)),
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(x_TD, gate_ED, *biases.values())
-    plan = DecodePlan(combine_ET[:num_experts], active_E[:num_experts], num_active, signals)
-    return Routing(weights_TA, experts_TA, logits_TE[:, :num_experts], plan)
+    return Routing(weights_TA, experts_TA, logits_TE, DecodePlan(combine_ET, active_E, num_active, signals))
 
 
 def _rows_for_tma(array_RD: jax.Array) -> jax.Array:
@@ -139,7 +159,7 @@ def _rows_for_tma(array_RD: jax.Array) -> jax.Array:
 
 
 def _scratch(sizes: _Sizes, *, num_biases: int) -> dict[str, Any]:
-    tiles, stages, owned = sizes.tiles, sizes.stages, sizes.groups_per_owner
+    tiles, stages, owned = sizes.tiles, sizes.stages, sizes.owned
     return dict(
         gate_smem=plgpu.SMEM((stages, tiles, TILE, TILE), jnp.bfloat16, transforms=_OPERAND),
         x_smem=plgpu.SMEM((stages, sizes.token_tile, TILE), jnp.bfloat16, transforms=_OPERAND),
@@ -147,10 +167,9 @@ def _scratch(sizes: _Sizes, *, num_biases: int) -> dict[str, Any]:
         parts_smem=plgpu.SMEM((owned, sizes.blocks, tiles, TILE, GROUP), jnp.float32, transforms=_PART),
         logits_smem=plgpu.SMEM((owned, tiles, GROUP, TILE), jnp.float32),
         ranks_smem=plgpu.SMEM((owned, tiles, GROUP, TILE), jnp.int32),
-        combine_smem=plgpu.SMEM((owned, tiles, GROUP, TILE), jnp.float32),
+        flags_smem=plgpu.SMEM((sizes.blocks, TILE, GROUP), jnp.float32, transforms=_PART),
         # One token's numbers on their way from rows to columns, for each worker.
         scores_smem=plgpu.SMEM((sizes.workers, _Choice.NUM_SCORES, tiles, TILE), jnp.float32),
-        turned_smem=plgpu.SMEM((sizes.workers, TILE, GROUP), jnp.float32),
         chosen_weights_smem=plgpu.SMEM((sizes.workers, TILE), jnp.float32),
         chosen_experts_smem=plgpu.SMEM((sizes.workers, TILE), jnp.int32),
         counts_smem=plgpu.SMEM((2, tiles * TILE), jnp.int32),
@@ -160,18 +179,17 @@ def _scratch(sizes: _Sizes, *, num_biases: int) -> dict[str, Any]:
         parts_received=plgpu.Barrier(num_arrivals=owned * sizes.blocks * tiles),
         logits_done=plgpu.Barrier(num_arrivals=sizes.workers),
         tokens_done=plgpu.Barrier(num_arrivals=sizes.workers),
-        blocks_done=plgpu.ClusterBarrier(collective_axes=("block",)),
+        flags_received=plgpu.Barrier(num_arrivals=max(1, sizes.choosers - 1)),
     )
 
 
 def _route_kernel(x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, bias_names: tuple[str, ...], **scratch):
     bias_gmems, outputs = refs[: len(bias_names)], refs[len(bias_names) :]
-    weights_gmem, experts_gmem, logits_gmem, combine_gmem, active_gmem, num_active_gmem, signals_gmem, flags_gmem = (
-        outputs
-    )
+    *choice_gmems, active_gmem, num_active_gmem, signals_gmem = outputs
     smem = types.SimpleNamespace(**scratch)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    is_owner = block < sizes.groups
+    group, replica = block // sizes.replicas, lax.rem(block, sizes.replicas)
+    has_tokens = group * GROUP + replica < sizes.tokens
 
     @pl.when(warpgroup == sizes.workers)
     def _():
@@ -190,7 +208,7 @@ def _route_kernel(x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, bi
     def _():
         _multiply(sizes, smem, block, warpgroup)
 
-    @pl.when((warpgroup < sizes.workers) & is_owner)
+    @pl.when((warpgroup < sizes.workers) & has_tokens)
     def _():
         if bias_names:
             plgpu.barrier_wait(smem.biases_loaded)
@@ -198,50 +216,35 @@ def _route_kernel(x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, bi
         _add_parts(sizes, smem, warpgroup)
         plgpu.barrier_arrive(smem.logits_done)
         plgpu.barrier_wait(smem.logits_done)
-        choice = _Choice(sizes, rule, bias_names, smem, warpgroup)
 
-        @pl.loop(0, sizes.groups_per_owner * (GROUP // sizes.workers))
+    @pl.when(warpgroup < sizes.workers)
+    def _():
+        choice = _Choice(sizes, rule, bias_names, smem, warpgroup, *choice_gmems)
+
+        @pl.loop(warpgroup, sizes.owned * sizes.places, step=sizes.workers)
         def _(turn):
-            owned, place = (
-                turn // (GROUP // sizes.workers),
-                warpgroup + sizes.workers * lax.rem(turn, GROUP // sizes.workers),
-            )
-            token = (block + owned * sizes.blocks) * GROUP + place
+            owned, place = turn // sizes.places, replica + lax.rem(turn, sizes.places) * sizes.replicas
+            token = (group + owned * sizes.blocks) * GROUP + place
 
             @pl.when(token < sizes.tokens)
             def _():
-                choice.choose(owned, place, token, weights_gmem, experts_gmem, logits_gmem)
+                choice.choose(owned, place, token)
 
             @pl.when(token >= sizes.tokens)
             def _():
-                choice.choose_nothing(owned, place)
+                choice.choose_nothing(owned, place, token)
 
         plgpu.barrier_arrive(smem.tokens_done)
-        plgpu.barrier_wait(smem.tokens_done)
-        _write_combine(sizes, smem, combine_gmem, block, warpgroup)
 
-    @pl.when(warpgroup == 0)
+    @pl.when((warpgroup == 0) & has_tokens)
     def _():
-        if sizes.groups > 1 and sizes.blocks > 1:
-
-            @pl.when(is_owner)
-            def _():
-                for i, flags in enumerate(_own_flags(sizes, rule, smem)):
-                    flags_gmem[block, i] = flags
-
-            inline_ptx(FENCE)
-            plgpu.barrier_arrive(smem.blocks_done)
+        plgpu.barrier_wait(smem.tokens_done)
+        flags = _own_flags(sizes, rule, smem, replica)
+        if sizes.choosers > 1:
+            flags = _all_flags(sizes, smem, flags, block)
 
         @pl.when(block == 0)
         def _():
-            flags = _own_flags(sizes, rule, smem)
-            if sizes.groups > 1 and sizes.blocks > 1:
-                plgpu.barrier_wait(smem.blocks_done)
-                inline_ptx(FENCE)
-                for i in range(sizes.tiles):
-                    for owner in range(1, min(sizes.blocks, sizes.groups)):
-                        other = plgpu.load(flags_gmem.at[owner, i], layout=ROWS, optimized=False)
-                        flags[i] = jnp.maximum(flags[i], other)
             _write_active(sizes, smem, flags, active_gmem, num_active_gmem)
 
 
@@ -303,8 +306,9 @@ def _multiply(sizes: _Sizes, smem, block, warpgroup) -> None:
         def _(part=part, tile=tile):
             for group in range(sizes.groups):
                 values = part[:, group * GROUP : (group + 1) * GROUP]
-                owner, owned = group % sizes.blocks, group // sizes.blocks
-                _push(sizes, values, smem.parts_smem.at[owned, block, tile], smem.parts_received, owner)
+                target = smem.parts_smem.at[group // sizes.blocks if sizes.owned > 1 else 0, block, tile]
+                for owner in sizes.owners(group):
+                    _push(sizes, values, target, smem.parts_received, owner)
 
 
 def _push(sizes: _Sizes, values, part_smem, received, owner: int) -> None:
@@ -319,7 +323,7 @@ def _push(sizes: _Sizes, values, part_smem, received, owner: int) -> None:
 
 def _add_parts(sizes: _Sizes, smem, warpgroup) -> None:
     """Adds the blocks' parts, in the order of the blocks, for all tokens that this block owns."""
-    for owned in range(sizes.groups_per_owner):
+    for owned in range(sizes.owned):
         for turn in range(pl.cdiv(sizes.tiles, sizes.workers)):
             tile = warpgroup + turn * sizes.workers
 
@@ -338,20 +342,24 @@ class _Choice:
     with all takes them through shared memory, to read them back varying along the columns.
     """
 
-    NUM_SCORES = 5
-    EXPS, SELECTION, GROUP_PARTS, GROUP_SCORES, MASKED = range(NUM_SCORES)
+    NUM_SCORES = 6
+    EXPS, SELECTION, GROUP_PARTS, GROUP_SCORES, MASKED, WEIGHTS = range(NUM_SCORES)
 
-    def __init__(self, sizes: _Sizes, rule: RoutingRule, bias_names: tuple[str, ...], smem, warpgroup):
+    def __init__(
+        self, sizes: _Sizes, rule: RoutingRule, bias_names: tuple[str, ...], smem, warpgroup,
+        weights_gmem, experts_gmem, logits_gmem, combine_gmem,
+    ):  # fmt: skip
+        self.weights_gmem, self.experts_gmem = weights_gmem, experts_gmem
+        self.logits_gmem, self.combine_gmem = logits_gmem, combine_gmem
         self.sizes, self.rule, self.bias_names, self.smem, self.warpgroup = sizes, rule, bias_names, smem, warpgroup
         self.tiles = range(sizes.tiles)
         # Columns compared at a time: with more, the vectors of many experts would not fit into registers.
         self.chunk = min(32 if sizes.tiles <= 2 else 16, max(8, 1 << (sizes.experts - 1).bit_length()))
         self.num_chunks = pl.cdiv(sizes.experts, self.chunk)
 
-    def choose(self, owned, place, token, weights_gmem, experts_gmem, logits_gmem) -> None:
+    def choose(self, owned, place, token) -> None:
         logits = self.logits(owned, place)
-        for i in self.tiles:
-            self.write_row(logits_gmem, token, i, logits[i])
+        self.write(self.logits_gmem, logits, lambda experts: (token, experts))
         scores, exps = self.scores(logits)
         selection = [self.if_real(i, score) for i, score in enumerate(self.plus_bias("selection", scores))]
         if self.rule.num_groups > 1:
@@ -360,14 +368,14 @@ class _Choice:
         for i in self.tiles:
             self.smem.ranks_smem[owned, i, place] = ranks[i]
         weights = self.weights(scores, exps, ranks)
-        for i in self.tiles:
-            self.smem.combine_smem[owned, i, place] = weights[i]
-        self.write_choices(owned, place, token, weights_gmem, experts_gmem)
+        self.publish(self.WEIGHTS, weights)
+        self.write_choices(owned, place, token)
+        self.write(self.combine_gmem, weights, lambda experts: (experts, token))
 
-    def choose_nothing(self, owned, place) -> None:
+    def choose_nothing(self, owned, place, token) -> None:
+        zeros = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
+        self.write(self.combine_gmem, [zeros for _ in self.tiles], lambda experts: (experts, token))
         for i in self.tiles:
-            zeros = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), ROWS)
-            self.smem.combine_smem[owned, i, place] = zeros
             self.smem.ranks_smem[owned, i, place] = self.row_ids(0) * 0 + self.rule.top_k
 
     def logits(self, owned, place):
@@ -464,7 +472,7 @@ class _Choice:
         """Folds `add(chunk of columns, tile)` over chunks, from a tile filled with `start`."""
         if isinstance(start, float):
             start = plgpu.layout_cast(jnp.full((TILE, self.chunk), start, jnp.float32), plgpu.Layout.WGMMA)
-        return lax.fori_loop(first, self.num_chunks if stop is None else stop, add, start)
+        return _fold(first, self.num_chunks if stop is None else stop, add, start)
 
     def weights(self, scores, exps, ranks):
         """The chosen experts' weights, zero elsewhere."""
@@ -478,27 +486,29 @@ class _Choice:
             weights = [weight / total for weight in weights]
         return [weight * self.rule.scale for weight in weights]
 
-    def write_choices(self, owned, place, token, weights_gmem, experts_gmem) -> None:
+    def write_choices(self, owned, place, token) -> None:
         """Rows are now the places 0 to 63 of the token's choices; each takes the column of its rank."""
 
         def add(c, tiles):
             is_mine = self.chunk_of(self.smem.ranks_smem.at[owned], c, place) == self.row_tile_ids(0)
-            weights = self.chunk_of(self.smem.combine_smem.at[owned], c, place)
+            weights = self.columns(self.WEIGHTS, c)
             ids = self.column_ids(c).astype(jnp.float32)
             return tiles[0] + jnp.where(is_mine, weights, 0.0), tiles[1] + jnp.where(is_mine, ids, 0.0)
 
         zeros = plgpu.layout_cast(jnp.zeros((TILE, self.chunk), jnp.float32), plgpu.Layout.WGMMA)
-        weight, expert = (jnp.sum(tile, axis=1) for tile in lax.fori_loop(0, self.num_chunks, add, (zeros, zeros)))
+        weight, expert = (jnp.sum(tile, axis=1) for tile in _fold(0, self.num_chunks, add, (zeros, zeros)))
         self.smem.chosen_weights_smem[self.warpgroup] = weight
         self.smem.chosen_experts_smem[self.warpgroup] = expert.astype(jnp.int32)
 
         @pl.loop(0, self.rule.top_k)
         def _(place):
-            weights_gmem[token, place] = self.smem.chosen_weights_smem[self.warpgroup, place]
-            experts_gmem[token, place] = self.smem.chosen_experts_smem[self.warpgroup, place]
+            self.weights_gmem[token, place] = self.smem.chosen_weights_smem[self.warpgroup, place]
+            self.experts_gmem[token, place] = self.smem.chosen_experts_smem[self.warpgroup, place]
 
-    def write_row(self, array_gmem, token, i: int, values) -> None:
-        _write_tile(array_gmem.at[token], i, values, self.smem.scores_smem.at[self.warpgroup, self.MASKED, i])
+    def write(self, array_gmem, values, index: Callable[[Any], tuple[Any, ...]]) -> None:
+        for i, tile in enumerate(values):
+            staging = self.smem.scores_smem.at[self.warpgroup, self.MASKED, i]
+            _write_tile(array_gmem, self.sizes.experts, i, tile, index, staging)
 
     def publish(self, name: int, values) -> None:
         for i in self.tiles:
@@ -517,7 +527,7 @@ class _Choice:
     def chunk_of(self, ref, c, index, *, is_leading: bool = False):
         """Chunk c of a vector in shared memory, varying along the columns of a tile of 64 rows."""
         per_tile = TILE // self.chunk
-        tile, columns = c // per_tile, pl.ds(lax.rem(c, per_tile) * self.chunk, self.chunk)
+        tile, columns = c // per_tile, pl.ds(c % per_tile * self.chunk, self.chunk)
         vector = plgpu.load(
             ref.at[index, tile, columns] if is_leading else ref.at[tile, index, columns],
             layout=COLUMNS,
@@ -538,52 +548,66 @@ class _Choice:
         return _row_ids() + i * TILE
 
 
+def _fold(first: int, stop: int, add, start):
+    """`lax.fori_loop`, without the loop where it would be short."""
+    if stop - first > 4:
+        return lax.fori_loop(first, stop, add, start)
+    return functools.reduce(lambda value, index: add(index, value), range(first, stop), start)
+
+
 def _row_ids():
     return plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=ROWS)
 
 
-def _write_tile(array_gmem, i: int, values, staging_smem) -> None:
-    """Writes the part of a vector's tile that exists."""
-    left = array_gmem.shape[0] - i * TILE
+def _write_tile(array_gmem, num_experts: int, i: int, values, index: Callable[[Any], tuple], staging_smem) -> None:
+    """Writes the values of tile i's experts, as far as there are any, to the places that `index` gives for them."""
+    left = num_experts - i * TILE
     if left >= TILE:
-        array_gmem[pl.ds(i * TILE, TILE)] = values
+        array_gmem[index(pl.ds(i * TILE, TILE))] = values
         return
     staging_smem[...] = values
 
     @pl.loop(0, left)
     def _(place):
-        array_gmem[i * TILE + place] = staging_smem[place]
+        array_gmem[index(i * TILE + place)] = staging_smem[place]
 
 
-def _write_combine(sizes: _Sizes, smem, combine_gmem, block, warpgroup) -> None:
-    """Tokens along rows become tokens along columns. What lies past the last expert, TMA leaves out."""
-    for owned in range(sizes.groups_per_owner):
-        columns = pl.ds((block + owned * sizes.blocks) * GROUP, GROUP)
-        for turn in range(pl.cdiv(sizes.tiles, sizes.workers)):
-            tile = warpgroup + turn * sizes.workers
+def _all_flags(sizes: _Sizes, smem, flags, block):
+    """The flags of all blocks together, on block 0; the others only send theirs."""
+    packed = _packed(flags)
 
-            @pl.when(tile < sizes.tiles)
-            def _(owned=owned, columns=columns, tile=tile):
-                values = plgpu.load(
-                    smem.combine_smem.at[owned, tile].T, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False
-                )
-                plgpu.wait_smem_to_gmem(0)
-                smem.turned_smem[warpgroup] = plgpu.layout_cast(values, plgpu.Layout.WGMMA)
-                plgpu.commit_smem()
-                target = combine_gmem.at[pl.ds(tile * TILE, TILE), columns]
-                plgpu.copy_smem_to_gmem(smem.turned_smem.at[warpgroup], target)
+    @pl.when(block > 0)
+    def _():
+        _push(sizes, packed, smem.flags_smem.at[block], smem.flags_received, 0)
 
-    plgpu.wait_smem_to_gmem(0)
+    @pl.when(block == 0)
+    def _():
+        smem.flags_smem[0] = packed
+        plgpu.barrier_wait(smem.flags_received)
+
+    return _unpacked(sum(smem.flags_smem[chooser] for chooser in range(sizes.choosers)), sizes.tiles)
 
 
-def _own_flags(sizes: _Sizes, rule: RoutingRule, smem):
+def _packed(flags):
+    """The vectors of up to eight tiles as the columns of one array."""
+    column = plgpu.broadcasted_iota(jnp.int32, (TILE, GROUP), 1, layout=plgpu.Layout.WGMMA)
+    spread = [lax.broadcast_in_dim(vector.astype(jnp.float32), (TILE, GROUP), (0,)) for vector in flags]
+    return sum(jnp.where(column == i, vector, 0.0) for i, vector in enumerate(spread))
+
+
+def _unpacked(array, tiles: int):
+    column = plgpu.broadcasted_iota(jnp.int32, (TILE, GROUP), 1, layout=plgpu.Layout.WGMMA)
+    return [jnp.sum(jnp.where(column == i, array, 0.0), axis=1).astype(jnp.int32) for i in range(tiles)]
+
+
+def _own_flags(sizes: _Sizes, rule: RoutingRule, smem, replica):
     """For each tile: 1 where some token of this block chose the expert."""
     flags = []
     for i in range(sizes.tiles):
         ranks = [
-            plgpu.load(smem.ranks_smem.at[owned, i, place], layout=ROWS, optimized=False)
-            for owned in range(sizes.groups_per_owner)
-            for place in range(min(GROUP, sizes.tokens))
+            plgpu.load(smem.ranks_smem.at[owned, i, replica + turn * sizes.replicas], layout=ROWS, optimized=False)
+            for owned in range(sizes.owned)
+            for turn in range(sizes.places)
         ]
         lowest = functools.reduce(jnp.minimum, ranks)
         flags.append(jnp.where(lowest < rule.top_k, 1, 0))
@@ -592,7 +616,7 @@ def _own_flags(sizes: _Sizes, rule: RoutingRule, smem):
 
 def _write_active(sizes: _Sizes, smem, flags, active_gmem, num_active_gmem) -> None:
     """The flagged experts in ascending order: place r belongs to the expert up to which more than r are flagged."""
-    tiles, chunk = range(sizes.tiles), 8
+    tiles, chunk = range(sizes.tiles), 32
 
     def ids(start, dim: int):
         return plgpu.broadcasted_iota(jnp.int32, (TILE, chunk), dim, layout=plgpu.Layout.WGMMA) + start
@@ -604,7 +628,7 @@ def _write_active(sizes: _Sizes, smem, flags, active_gmem, num_active_gmem) -> N
             return tile + jnp.where(is_counted(columns, ids(c * chunk, 1)), 1.0, 0.0)
 
         zeros = plgpu.layout_cast(jnp.zeros((TILE, chunk), jnp.float32), plgpu.Layout.WGMMA)
-        return jnp.sum(lax.fori_loop(0, stop // chunk, add, zeros), axis=1).astype(jnp.int32)
+        return jnp.sum(_fold(0, stop // chunk, add, zeros), axis=1).astype(jnp.int32)
 
     for i in tiles:
         smem.counts_smem[0, pl.ds(i * TILE, TILE)] = flags[i]
@@ -614,18 +638,8 @@ def _write_active(sizes: _Sizes, smem, flags, active_gmem, num_active_gmem) -> N
     for i in tiles:
         active = count(1, sizes.tiles * TILE, lambda up_to, id, i=i: up_to <= ids(i * TILE, 0))
         staging = smem.counts_smem.at[0, pl.ds(i * TILE, TILE)]
-        _write_tile(active_gmem, i, jnp.minimum(active, sizes.experts), staging)
+        _write_tile(active_gmem, sizes.experts, i, jnp.minimum(active, sizes.experts), lambda place: (place,), staging)
     num_active_gmem[0] = smem.counts_smem[1, sizes.tiles * TILE - 1]
-
-
-def inline_ptx(code: str) -> None:
-    """The interpreter passes over functions of this name."""
-
-    @plgpu.inline_mgpu()
-    def instruction(_):
-        mosaic_gpu.utils.inline_ptx(code, has_side_effects=True)
-
-    instruction()
 
 
 def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None):
@@ -635,6 +649,8 @@ def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=N
         return f"it is written for Hopper GPUs, not for {device.platform} {device.kind}"
     if num_tokens > MAX_TOKENS:
         return f"it routes up to {MAX_TOKENS} tokens at a time, not {num_tokens}"
+    if num_tokens > MAX_TOKENS // 2 and num_experts > 4 * TILE:
+        return f"it has shared memory for {MAX_TOKENS // 2} tokens with more than {4 * TILE} experts, not {num_tokens}"
     if num_experts > MAX_EXPERTS:
         return f"it chooses among up to {MAX_EXPERTS} experts, not {num_experts}"
     if rule.top_k > TILE:
