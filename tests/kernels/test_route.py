@@ -1,0 +1,79 @@
+"""What routing kernels write beside experts and weights, and what they refuse."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import interpret
+from pallas_kernels.dispatch import Device
+from pallas_kernels.experts.plan import decode_plan
+from pallas_kernels.route import RoutingRule, cases, decode_sm90, prefill_sm90
+from pallas_kernels.route.api import NUM_SIGNALS
+
+H200 = Device("gpu", "NVIDIA H200", 132)
+CASES = {case.name: case for case in cases.AWKWARD}
+
+
+@pytest.mark.parametrize("name", ["softmax_one_token", "sixty_experts", "ties"])
+def test_decode_kernel_writes_the_plan(name: str) -> None:
+    operands, named = cases.arguments(CASES[name])
+    with interpret.interpreting():
+        routing = jax.block_until_ready(decode_sm90.route(*operands, **named))
+    expected = decode_plan(routing, num_experts=operands[1].shape[0], first_expert=0)
+    assert routing.plan is not None
+    np.testing.assert_array_equal(routing.plan.combine_ET, expected.combine_ET)
+    np.testing.assert_array_equal(routing.plan.active_E, expected.active_E)
+    np.testing.assert_array_equal(routing.plan.num_active, expected.num_active)
+    np.testing.assert_array_equal(routing.plan.signals, np.zeros(NUM_SIGNALS))
+
+
+@pytest.mark.parametrize("name", ["top1", "a_page_of_tokens", "sixty_experts"])
+def test_prefill_kernel_writes_the_places(name: str) -> None:
+    case = CASES[name]
+    operands, named = cases.arguments(case)
+    with interpret.interpreting():
+        routing = jax.block_until_ready(prefill_sm90.route(*operands, **named))
+    ranks_TA, counts_BE = _count(np.asarray(routing.experts_TA), case.router.num_experts)
+    assert routing.places is not None
+    np.testing.assert_array_equal(routing.places.ranks_TA, ranks_TA)
+    np.testing.assert_array_equal(routing.places.counts_BE, counts_BE)
+
+
+def _count(experts_TA: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks and counts per block of 64 tokens, one choice after the other."""
+    ranks_TA = np.zeros_like(experts_TA)
+    counts_BE = np.zeros((-(-len(experts_TA) // 64), num_experts), np.int32)
+    for (token, choice), expert in np.ndenumerate(experts_TA):
+        ranks_TA[token, choice] = counts_BE[token // 64, expert]
+        counts_BE[token // 64, expert] += 1
+    return ranks_TA, counts_BE
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "rule", "dtype", "reason"),
+    [
+        (65, 64, RoutingRule(8), "bfloat16", "64 tokens"),
+        (33, 384, RoutingRule(8), "bfloat16", "32 tokens"),
+        (8, 385, RoutingRule(8), "bfloat16", "384 experts"),
+        (8, 64, RoutingRule(8, dtype="bfloat16"), "bfloat16", "scores are float32"),
+        (8, 64, RoutingRule(8), "float32", "multiplies bfloat16"),
+    ],
+)
+def test_decode_kernel_says_what_it_cannot(
+    tokens: int, experts: int, rule: RoutingRule, dtype: str, reason: str
+) -> None:
+    x_TD, gate_ED = jnp.zeros((tokens, 128), dtype), jnp.zeros((experts, 128), dtype)
+    answer = decode_sm90.IMPLEMENTATION.supports(H200, x_TD, gate_ED, rule=rule)
+    assert answer is not None
+    assert reason in answer
+
+
+def test_prefill_kernel_refuses_groups_that_straddle_warpgroups() -> None:
+    rule = RoutingRule(6, num_groups=3, top_groups=1, group_score="max")
+    x_TD, gate_ED = jnp.zeros((128, 128), "bfloat16"), jnp.zeros((300, 128), "bfloat16")
+    answer = prefill_sm90.IMPLEMENTATION.supports(H200, x_TD, gate_ED, rule=rule)
+    assert answer is not None
+    assert "groups" in answer
