@@ -65,7 +65,7 @@ PROJECTIONS: dict[str, Projection] = {
     "qwen1.5-shared-up": Projection(2048, (5632,), activation="silu"),
     "deepseek-v3-shared-up": Projection(7168, (2048,), has_norm=True, activation="silu"),
 }
-TOKENS = (1, 8, 16, 64)
+TOKENS = (1, 16, 64)
 REAL: tuple[Case, ...] = tuple(
     Case(f"{name}-{tokens}", tokens, projection) for name, projection in PROJECTIONS.items() for tokens in TOKENS
 )

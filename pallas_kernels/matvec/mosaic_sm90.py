@@ -6,6 +6,8 @@ They send their sums to the cluster's first block, which adds them in a fixed or
 
 The norm in front costs no pass over the input: the scale of a token commutes with the product. Tokens are multiplied by
 the norm's weight on their way into `wgmma`, their squares summed up beside it, and the products scaled at the end.
+
+It is interpreted and compiled by the tests, and has not run on a GPU yet: `api` does not choose it before it has.
 """
 
 from __future__ import annotations
