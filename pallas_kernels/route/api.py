@@ -117,9 +117,9 @@ def explain(x_TD, gate_ED, *, rule, gate_bias_E=None, selection_bias_E=None) -> 
 
 
 def _implementations() -> tuple[dispatch.Implementation, ...]:
-    from pallas_kernels.route import decode_sm90, prefill_sm90, reference
+    from pallas_kernels.route import decode_sm90, reference
 
-    return (decode_sm90.IMPLEMENTATION, prefill_sm90.IMPLEMENTATION, reference.IMPLEMENTATION)
+    return (decode_sm90.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
 def _check(x_TD, gate_ED, rule: RoutingRule, gate_bias_E, selection_bias_E) -> None:

@@ -241,11 +241,11 @@ def _route_kernel(x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, bi
         plgpu.barrier_wait(smem.tokens_done)
         flags = _own_flags(sizes, rule, smem, replica)
         if sizes.choosers > 1:
-            flags = _all_flags(sizes, smem, flags, block)
+            _send_flags(sizes, smem, flags, block)
 
         @pl.when(block == 0)
         def _():
-            _write_active(sizes, smem, flags, active_gmem, num_active_gmem)
+            _write_active(sizes, smem, _all_flags(sizes, smem, flags), active_gmem, num_active_gmem)
 
 
 def _load(sizes: _Sizes, x_gmem, gate_gmem, bias_gmems, smem, block) -> None:
@@ -572,20 +572,21 @@ def _write_tile(array_gmem, num_experts: int, i: int, values, index: Callable[[A
         array_gmem[index(i * TILE + place)] = staging_smem[place]
 
 
-def _all_flags(sizes: _Sizes, smem, flags, block):
-    """The flags of all blocks together, on block 0; the others only send theirs."""
-    packed = _packed(flags)
-
+def _send_flags(sizes: _Sizes, smem, flags, block) -> None:
     @pl.when(block > 0)
     def _():
-        _push(sizes, packed, smem.flags_smem.at[block], smem.flags_received, 0)
+        _push(sizes, _packed(flags), smem.flags_smem.at[block], smem.flags_received, 0)
 
-    @pl.when(block == 0)
-    def _():
-        smem.flags_smem[0] = packed
-        plgpu.barrier_wait(smem.flags_received)
 
-    return _unpacked(sum(smem.flags_smem[chooser] for chooser in range(sizes.choosers)), sizes.tiles)
+def _all_flags(sizes: _Sizes, smem, flags):
+    """Block 0's flags and those of the others together."""
+    if sizes.choosers == 1:
+        return flags
+    plgpu.barrier_wait(smem.flags_received)
+    all_flags = _packed(flags)
+    for other in range(1, sizes.choosers):
+        all_flags = all_flags + smem.flags_smem[other]
+    return _unpacked(all_flags, sizes.tiles)
 
 
 def _packed(flags):

@@ -4,6 +4,9 @@ A block of the kernel has 64 tokens, the rows of its tiles; experts run along th
 warpgroups, whose share fits into registers. For each choice every warpgroup finds its best, and they agree on the best of
 all through shared memory. How many earlier tokens of the block chose the same expert is a product with a strictly lower
 triangle of ones, exact on the matrix unit.
+
+Not among the implementations that `route` chooses from: interpreted it is exact and it compiles without spills, but it has
+not run on a GPU yet. Its predecessor with one warpgroup took 16.7 us for 8192 tokens and 128 experts.
 """
 
 from __future__ import annotations

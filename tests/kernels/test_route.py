@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import interpret
+from pallas_kernels import aot, interpret
 from pallas_kernels.dispatch import Device
 from pallas_kernels.experts.plan import decode_plan
-from pallas_kernels.route import RoutingRule, cases, decode_sm90, prefill_sm90
+from pallas_kernels.route import RoutingRule, cases, decode_sm90, prefill_sm90, reference
 from pallas_kernels.route.api import NUM_SIGNALS
 
 H200 = Device("gpu", "NVIDIA H200", 132)
@@ -30,12 +32,26 @@ def test_decode_kernel_writes_the_plan(name: str) -> None:
     np.testing.assert_array_equal(routing.plan.signals, np.zeros(NUM_SIGNALS))
 
 
-@pytest.mark.parametrize("name", ["top1", "a_page_of_tokens", "sixty_experts"])
-def test_prefill_kernel_writes_the_places(name: str) -> None:
+PREFILL = [
+    "top1",
+    "a_page_of_tokens",
+    "sixty_experts",
+    "ties",
+    "ties_between_groups",
+    "groups_by_top2_sum",
+    "many_experts",
+]
+
+
+@pytest.mark.parametrize("name", PREFILL)
+def test_prefill_kernel_is_exact_and_writes_the_places(name: str) -> None:
     case = CASES[name]
     operands, named = cases.arguments(case)
     with interpret.interpreting():
         routing = jax.block_until_ready(prefill_sm90.route(*operands, **named))
+    expected = reference.route(*operands, **named)
+    np.testing.assert_array_equal(routing.experts_TA, expected.experts_TA)
+    np.testing.assert_allclose(routing.weights_TA, expected.weights_TA, rtol=1e-6)
     ranks_TA, counts_BE = _count(np.asarray(routing.experts_TA), case.router.num_experts)
     assert routing.places is not None
     np.testing.assert_array_equal(routing.places.ranks_TA, ranks_TA)
@@ -50,6 +66,17 @@ def _count(experts_TA: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.nda
         ranks_TA[token, choice] = counts_BE[token // 64, expert]
         counts_BE[token // 64, expert] += 1
     return ranks_TA, counts_BE
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["qwen3-30b-4096", "mixtral-512"])
+def test_prefill_kernel_compiles(name: str) -> None:
+    case = next(case for case in cases.REAL if case.name == name)
+    operands, named = aot.shapes_of(functools.partial(cases.arguments, case))
+    program = aot.compile_for_h200(functools.partial(prefill_sm90.route, rule=named["rule"]), *operands)
+    (kernel,) = program.kernels
+    assert kernel.spill_bytes == 0
+    assert kernel.shared_memory_bytes <= aot.SHARED_MEMORY_BYTES
 
 
 @pytest.mark.parametrize(
