@@ -1,11 +1,11 @@
 """Grouped matrix multiplication on Hopper: tiles of rows sorted by expert, each times its own expert's matrix, transposed.
 
-A producer warp streams tiles of rows and weights through a ring in shared memory that never drains between work items;
-two or three warpgroups multiply 64 rows each, and only keep step where a tile has fewer. Two epilogues: `grouped_up`
-applies the expert's activation, `grouped_down` stores rows in float16 beside a scale.
+One persistent launch. A producer warp streams tiles of rows and weights through a ring in shared memory that never drains
+between work items; two warpgroups multiply 64 rows each, and the second only keeps step where a tile has 64 rows or fewer.
+Two epilogues: `grouped_up` applies the expert's activation, `grouped_down` stores rows in float16 beside a scale.
 
-Measured on an H200: with equal work on all SMs 91 % (K = 1024) to 97 % (K = 4096) of the matrix units' 808 TFLOP/s. What
-is lost beyond that are tiles that are not full, and SMs that wait for others; see `_share`.
+Measured on an H200: with equal work on all SMs 90 % (K = 1024) to 96 % (K = 4096) of the matrix units' 808 TFLOP/s, and
+75 to 80 % at 512 rows an expert: items are dealt out in turn, and the SM that gets the most full tiles ends last.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from pallas_kernels.experts.grouped_plan import GroupedPlan
 from pallas_kernels.experts.reference import CLAMP, SIGMOID_SLOPE
 
 ROWS = 64  # of one warpgroup
-TAIL = 3  # waves of items that blocks of their own work on, at most
 SWIZZLED = 64  # elements of 2 bytes in the widest swizzle
+WARPGROUPS = 2  # that multiply
+TILE_ROWS = ROWS * WARPGROUPS
+STAGES = 4  # of the ring: as many as fit
 SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
 
 
@@ -34,27 +36,12 @@ SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
 class Tile:
     """How the work is cut.
 
-    warpgroups: that multiply, 64 rows each. columns: of the output, per gate. band: tiles of rows that are multiplied
-    by the same columns one after another, so that weights come from memory once and then from the L2 cache.
+    columns: of the output, per gate. band: tiles of rows that are multiplied by the same columns one after another, so
+    that weights come from memory once and then from the L2 cache.
     """
 
-    warpgroups: int
     columns: int
-    band: int = 8
-
-    @property
-    def rows(self) -> int:
-        return self.warpgroups * ROWS
-
-    @property
-    def stages(self) -> int:
-        """Of the ring: as many as fit."""
-        return {2: 4, 3: 3}[self.warpgroups]
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread that loads and of one that multiplies."""
-        return {2: (40, 232), 3: (32, 160)}[self.warpgroups]
+    band: int
 
 
 def grouped_up(
@@ -146,24 +133,6 @@ _ELEMENTWISE = {
 }
 
 
-def _share(block, num_items, num_sms: int):
-    """How many items `block` works on, and a function from their order to the item."""
-    # Items differ in height. Dealt out in turn to one persistent block an SM, some SMs would be done a tenth earlier than
-    # others; so each block of the last waves has one item, and the hardware starts it where an SM has become free.
-    waves = lax.div(num_items + num_sms - 1, num_sms)
-    dealt = lax.min((waves - lax.min(TAIL, lax.div(waves, 4))) * num_sms, num_items)
-    is_dealer, tail_item = block < num_sms, dealt + block - num_sms
-    whole = lax.div(dealt, num_sms)
-    has_one_more = lax.rem(block + whole, num_sms) < dealt - whole * num_sms
-    count = jnp.where(is_dealer, whole + has_one_more.astype(jnp.int32), (tail_item < num_items).astype(jnp.int32))
-
-    def item_of(i):
-        # Turned by one each wave: tall and short tiles alternate, and would meet the same SMs each time.
-        return jnp.where(is_dealer, i * num_sms + lax.rem(block + i, num_sms), tail_item)
-
-    return count, item_of
-
-
 def _grouped_matmul(
     rows_MI,
     weights_EGOI,
@@ -188,20 +157,20 @@ def _grouped_matmul(
     sources = [(0, 0), (1, 0)] if gates == 2 else [(0, 0), (0, half)]  # (gate, first column) of each half
     has_bias = bias_EGO is not None
     if has_bias:  # read by registers, which unlike TMA do not stop at the end of an array
-        bias_EGO = jnp.pad(bias_EGO, ((0, 0), (0, 0), (0, column_tiles * tile.columns - width)))
+        bias_EGO = jnp.pad(bias_EGO.astype(jnp.float32), ((0, 0), (0, 0), (0, column_tiles * tile.columns - width)))
 
     def kernel(rows_gmem, weights_gmem, expert_gmem, start_gmem, end_gmem, num_tiles_gmem, *refs, **scratch):
         bias_gmem, outs_gmem = (refs[0], refs[1:]) if has_bias else (None, refs)
         rows_smem, weights_smem, out_smem, full, empty = (
             scratch[key] for key in ("rows_smem", "weights_smem", "out_smem", "full", "empty")
         )
-        warpgroup = lax.axis_index("warpgroup")
+        sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
         row_tiles = num_tiles_gmem[0]
-        num_items, item_of = _share(lax.axis_index("block"), row_tiles * column_tiles, num_sms)
+        num_items = lax.max((row_tiles * column_tiles - sm + num_sms - 1) // num_sms, 0)
 
         def place(i):
-            """Tile of rows and tile of columns of this block's i-th item: bands, columns, rows of the band."""
-            item = item_of(i)
+            """Tile of rows and tile of columns of this SM's i-th item: bands of rows, columns, rows of the band."""
+            item = sm + i * num_sms
             band = item // (tile.band * column_tiles)
             within = item - band * (tile.band * column_tiles)
             height = lax.min(row_tiles - band * tile.band, tile.band)
@@ -212,35 +181,27 @@ def _grouped_matmul(
             return lax.div(start_gmem[row_tile], ROWS) * ROWS
 
         def stage(step):
-            return lax.rem(step, tile.stages)
+            return lax.rem(step, STAGES)
 
         def produce():
             @pl.loop(0, num_items)
             def _item(i):
                 row_tile, column_tile = place(i)
                 expert, start = expert_gmem[row_tile], first_row(row_tile)
-                blocks = lax.div(end_gmem[row_tile] - start, ROWS)
 
                 @pl.loop(0, steps)
                 def _step(k):
                     step = i * steps + k
                     slot = stage(step)
 
-                    @pl.when(step >= tile.stages)
+                    @pl.when(step >= STAGES)
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
                     inner = pl.ds(k * step_depth, step_depth)
-                    for count in range(1, tile.warpgroups + 1):
-
-                        @pl.when(blocks == count)
-                        def _(height=count * ROWS):
-                            plgpu.copy_gmem_to_smem(
-                                rows_gmem.at[pl.ds(start, height), inner],
-                                rows_smem.at[slot, pl.ds(0, height)],
-                                full.at[slot],
-                            )
-
+                    plgpu.copy_gmem_to_smem(
+                        rows_gmem.at[pl.ds(start, TILE_ROWS), inner], rows_smem.at[slot], full.at[slot]
+                    )
                     for index, (gate, first) in enumerate(sources):
                         plgpu.copy_gmem_to_smem(
                             weights_gmem.at[expert, gate, pl.ds(column_tile * tile.columns + first, half), inner],
@@ -248,9 +209,9 @@ def _grouped_matmul(
                             full.at[slot],
                         )
 
-            @pl.loop(0, lax.min(num_items * steps, tile.stages))
+            @pl.loop(0, lax.min(num_items * steps, STAGES))
             def _drain(j):  # every completion is awaited before the block may end
-                plgpu.barrier_wait(empty.at[stage(lax.max(num_items * steps - tile.stages, 0) + j)])
+                plgpu.barrier_wait(empty.at[stage(lax.max(num_items * steps - STAGES, 0) + j)])
 
         def multiply(i, accs):
             rows = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
@@ -289,13 +250,13 @@ def _grouped_matmul(
 
                 @pl.when(has_rows)
                 def _():
-                    biases = [
-                        bias_gmem.at[expert, gate, pl.ds(column_tile * tile.columns + first, half)]
-                        for gate, first in (sources if has_bias else [])
-                    ]
                     parts = pl.run_scoped(lambda *accs: multiply(i, accs), *[plgpu.ACC((ROWS, half))] * 2)
                     if has_bias:
-                        parts = [part + _across_rows(bias) for part, bias in zip(parts, biases, strict=True)]
+                        parts = [
+                            part
+                            + _across_rows(bias_gmem.at[expert, gate, pl.ds(column_tile * tile.columns + first, half)])
+                            for part, (gate, first) in zip(parts, sources, strict=True)
+                        ]
                     blocks, *scales = finish(parts)
                     store(blocks, row, column_tile)
                     for scale, scales_gmem in zip(scales, outs_gmem[1:], strict=True):
@@ -309,42 +270,40 @@ def _grouped_matmul(
                         plgpu.barrier_wait(full.at[slot])
                         plgpu.barrier_arrive(empty.at[slot])
 
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.wait_smem_to_gmem(0)
 
-        loading, multiplying = tile.registers
-
-        @pl.when(warpgroup == tile.warpgroups)
+        @pl.when(warpgroup == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(loading, action="decrease")
+            plgpu.set_max_registers(40, action="decrease")
 
             @plgpu.warp_map
             def _warp(warp):
                 pl.when(warp == 0)(produce)
 
-        @pl.when(warpgroup < tile.warpgroups)
+        @pl.when(warpgroup < WARPGROUPS)
         def _():
-            plgpu.set_max_registers(multiplying, action="increase")
+            plgpu.set_max_registers(232, action="increase")
             consume()
 
     def _across_rows(bias_gmem):
         bias = plgpu.load(bias_gmem, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        return lax.broadcast_in_dim(bias.astype(jnp.float32), (ROWS, half), (1,))
+        return lax.broadcast_in_dim(bias, (ROWS, half), (1,))
 
     dtype = rows_MI.dtype
     return plgpu.kernel(
         kernel,
         out_type=out_types,
-        grid=((1 + TAIL) * num_sms,),
-        grid_names=("block",),
-        num_threads=tile.warpgroups + 1,
+        grid=(num_sms,),
+        grid_names=("sm",),
+        num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name=name,
         scratch_types=dict(
-            rows_smem=plgpu.SMEM((tile.stages, tile.rows, step_depth), dtype),
-            weights_smem=plgpu.SMEM((tile.stages, 2, half, step_depth), dtype),
-            out_smem=plgpu.SMEM((tile.warpgroups, ROWS, half), out_types[0].dtype),
-            full=plgpu.Barrier(num_arrivals=3, num_barriers=tile.stages),
-            empty=plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=tile.stages),
+            rows_smem=plgpu.SMEM((STAGES, TILE_ROWS, step_depth), dtype),
+            weights_smem=plgpu.SMEM((STAGES, 2, half, step_depth), dtype),
+            out_smem=plgpu.SMEM((WARPGROUPS, ROWS, half), out_types[0].dtype),
+            full=plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
+            empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(

@@ -15,7 +15,7 @@ from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Device, Implementation
 from pallas_kernels.experts import grouped_plan, grouped_rows_sm90
 from pallas_kernels.experts.decode_sm90 import shape_key
-from pallas_kernels.experts.grouped_matmul_sm90 import Tile, grouped_down, grouped_up
+from pallas_kernels.experts.grouped_matmul_sm90 import TILE_ROWS, Tile, grouped_down, grouped_up
 from pallas_kernels.route.api import Routing
 
 NAME = "grouped"
@@ -54,16 +54,12 @@ def experts(
 
 
 def default_settings() -> dict[str, int]:
-    return dict(warpgroups=2, up_band=8, down_band=4)
+    return dict(up_band=8, down_band=4)
 
 
-def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, *, down_bias_ED=None, **arguments) -> list[dict[str, int]]:
+def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> list[dict[str, int]]:
     """Settings worth trying, the default first."""
-    default = default_settings()
-    bands = [default | dict(up_band=band, down_band=band) for band in (2, 4, 16)]
-    # A bias on 192 rows x 256 columns would need more registers than there are.
-    taller = [] if down_bias_ED is not None else [default | dict(warpgroups=3)]
-    return [default, *bands, *taller]
+    return [default_settings(), *(dict(up_band=band, down_band=band) for band in (2, 4, 8, 16))]
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "first_expert", "settings", "num_sms"))
@@ -82,13 +78,13 @@ def _experts(
 ):
     num_experts, gates, _, model_width = up_EGFD.shape
     chosen = dict(settings)
-    up_tile = Tile(chosen["warpgroups"], UP_COLUMNS // gates, chosen["up_band"])
-    down_tile = Tile(chosen["warpgroups"], DOWN_COLUMNS, chosen["down_band"])
+    up_tile = Tile(UP_COLUMNS // gates, chosen["up_band"])
+    down_tile = Tile(DOWN_COLUMNS, chosen["down_band"])
     plan = grouped_plan.plan(
         routing.experts_TA,
         num_experts=num_experts,
         first_expert=first_expert,
-        tile_rows=up_tile.rows,
+        tile_rows=TILE_ROWS,
         places=routing.places,
     )
     num_rows = grouped_plan.num_rows(routing.experts_TA.size, num_experts)
