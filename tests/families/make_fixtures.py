@@ -347,6 +347,7 @@ QWEN3_MOE = [
                 long_factor=[1.5, 2.5, 4.0, 8.0],
             ),
         ),
+        router_margin=0.02,  # as mixtral's yarn
     ),
     Case(
         "qwen3_moe",
