@@ -65,11 +65,11 @@ def explain(
 
 
 def _implementations() -> tuple[dispatch.Implementation, ...]:
-    from pallas_kernels.experts import compact_sm90, decode_sm90, gathered, grouped_sm90, ragged, reference
+    # compact_sm90 waits for a run on a GPU that checks its numbers: interpreted and compiled they are right.
+    from pallas_kernels.experts import decode_sm90, gathered, grouped_sm90, ragged, reference
 
     return (
         decode_sm90.IMPLEMENTATION,
-        compact_sm90.IMPLEMENTATION,
         grouped_sm90.IMPLEMENTATION,
         gathered.IMPLEMENTATION,
         ragged.IMPLEMENTATION,

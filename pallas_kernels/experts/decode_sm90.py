@@ -44,9 +44,6 @@ from pallas_kernels.route.api import NUM_SIGNALS, DecodePlan, Routing
 
 NAME = "decode"
 MOST_TOKENS = 64
-# Every active expert meets all tokens. Past 32 tokens what that adds, a fifth at Qwen3-30B, is more than `compact` loses on
-# its launches, except where the weights are few.
-FEW_TOKENS, FEW_BYTES = 32, 512 << 20
 
 
 def experts(
@@ -489,10 +486,6 @@ def _supports(device: dispatch.Device, x_TD, routing: Routing, up_EGFD, down_EDF
         return f"it needs widths that are multiples of 16, and these are D={model_width}, F={width}"
     if x_TD.shape[0] > MOST_TOKENS:
         return f"it applies every active expert to all tokens: at most {MOST_TOKENS}, got {x_TD.shape[0]}"
-    most_active = min(up_EGFD.shape[0], routing.experts_TA.size)
-    active_bytes = 2 * most_active * (up_EGFD.size + down_EDF.size) // up_EGFD.shape[0]
-    if x_TD.shape[0] > FEW_TOKENS and active_bytes > FEW_BYTES:
-        return f"it applies every active expert to all tokens: at most {FEW_TOKENS} of them with more than 512 MiB of weights"
     return None
 
 
