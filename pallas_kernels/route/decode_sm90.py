@@ -652,8 +652,8 @@ def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=N
         return f"it is written for Hopper GPUs, not for {device.platform} {device.kind}"
     if num_tokens > MAX_TOKENS:
         return f"it routes up to {MAX_TOKENS} tokens at a time, not {num_tokens}"
-    if num_tokens > MAX_TOKENS // 2 and num_experts > 4 * TILE:
-        return f"it has shared memory for {MAX_TOKENS // 2} tokens with more than {4 * TILE} experts, not {num_tokens}"
+    if num_tokens > MAX_TOKENS // 2 and num_experts >= 4 * TILE:
+        return f"it has shared memory for {MAX_TOKENS // 2} tokens with {4 * TILE} experts or more, not {num_tokens}"
     if num_experts > MAX_EXPERTS:
         return f"it chooses among up to {MAX_EXPERTS} experts, not {num_experts}"
     if rule.top_k > TILE:
