@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from moe_jax.layers.norm import RMSNorm
+from pallas_kernels.matvec import has_kernel, matvec
 
 
 def linear(x_XI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
@@ -13,6 +18,39 @@ def linear(x_XI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = Non
     float32 operands are multiplied in full float32, on GPUs too (they would take TF32 otherwise).
     """
     return _accumulated(x_XI, weight_OI, bias_O).astype(x_XI.dtype)
+
+
+def projected(
+    x_BTI: jax.Array,
+    weights: tuple[jax.Array, ...],
+    biases: tuple[jax.Array, ...] | None = None,
+    *,
+    norm: RMSNorm | None = None,
+    residual_BTO: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """`residual + linear(norm(x), weight, bias)` for each weight `[O, I]`; norm, biases and residual may be absent.
+
+    Few rows are one launch of `pallas_kernels.matvec` where it has a kernel, which rounds once, at the end. Elsewhere the
+    sublayer's result is rounded before the residual is added, as Hugging Face does.
+
+    Raises:
+      ValueError: there are several weights beside a residual.
+    """
+    if residual_BTO is not None and len(weights) > 1:
+        raise ValueError(f"projected: expected one weight beside residual_BTO, got {len(weights)}")
+    rows_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
+    named: dict[str, Any] = dict(
+        norm_weight_I=None if norm is None else norm.weight_D[...],
+        norm_epsilon=1e-6 if norm is None else norm.epsilon,
+        bias_O=biases,
+        residual_TO=None if residual_BTO is None else residual_BTO.reshape(-1, residual_BTO.shape[-1]),
+    )
+    if has_kernel(rows_TI, weights, **named):
+        return tuple(y_TO.reshape(*x_BTI.shape[:-1], -1) for y_TO in matvec(rows_TI, weights, **named))
+    x_BTI = x_BTI if norm is None else norm(x_BTI)
+    addends = (None,) * len(weights) if biases is None else biases
+    results = tuple(linear(x_BTI, weight, bias) for weight, bias in zip(weights, addends, strict=True))
+    return results if residual_BTO is None else (residual_BTO + results[0],)
 
 
 def logits(x_XD: jax.Array, weight_VD: jax.Array) -> jax.Array:

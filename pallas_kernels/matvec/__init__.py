@@ -1,3 +1,3 @@
-from pallas_kernels.matvec.api import explain, matvec
+from pallas_kernels.matvec.api import explain, has_kernel, matvec
 
-__all__ = ["explain", "matvec"]
+__all__ = ["explain", "has_kernel", "matvec"]

@@ -49,6 +49,11 @@ def matvec(
     return results if isinstance(weights, tuple) else results[0]
 
 
+def has_kernel(x_TI, weights, **arguments: Any) -> bool:
+    """Whether a kernel would run this call: not the definition, which XLA splits into several launches."""
+    return any(reason is None for name, reason in explain(x_TI, weights, **arguments) if name != "reference")
+
+
 def explain(x_TI, weights, **arguments: Any) -> list[tuple[str, str | None]]:
     """Each implementation with None (it can run this call) or the reason why it cannot, fastest first."""
     return dispatch.explain(_implementations(), x_TI, _tuple(weights), **arguments)
