@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jaxtyping import Array, Float
 
@@ -22,6 +22,7 @@ def experts(
     activation: Activation = "silu",
     up_bias_EGF: Float[Array, "E G F"] | None = None,
     down_bias_ED: Float[Array, "E D"] | None = None,
+    residual_TD: Float[Array, "T D"] | None = None,
     first_expert: int = 0,
     implementation: str | None = None,
 ) -> Float[Array, "T D"]:
@@ -34,33 +35,26 @@ def experts(
     The arrays hold the experts `first_expert` up to `first_expert + E`. A token's choices outside that range cost nothing and
     add nothing, so that devices which hold different ranges can sum their results.
 
+    `residual_TD` is added to the rounded sum, and the result rounded again, as Hugging Face's layers do.
+
     Raises:
       ValueError: shapes disagree, or the activation is unknown.
     """
-    _check(x_TD, routing, up_EGFD, down_EDF, activation, up_bias_EGF, down_bias_ED)
+    _check(x_TD, routing, up_EGFD, down_EDF, activation, up_bias_EGF, down_bias_ED, residual_TD)
     arguments = dict(
-        activation=activation, up_bias_EGF=up_bias_EGF, down_bias_ED=down_bias_ED, first_expert=first_expert
+        activation=activation,
+        up_bias_EGF=up_bias_EGF,
+        down_bias_ED=down_bias_ED,
+        residual_TD=residual_TD,
+        first_expert=first_expert,
     )
     operands = (x_TD, routing, up_EGFD, down_EDF)
     chosen = dispatch.choose("experts", _implementations(), *operands, implementation=implementation, **arguments)
     return chosen.run(*operands, **arguments)
 
 
-def explain(
-    x_TD,
-    routing,
-    up_EGFD,
-    down_EDF,
-    *,
-    activation: Activation = "silu",
-    up_bias_EGF=None,
-    down_bias_ED=None,
-    first_expert: int = 0,
-) -> list[tuple[str, str | None]]:
+def explain(x_TD, routing, up_EGFD, down_EDF, **arguments: Any) -> list[tuple[str, str | None]]:
     """Each implementation with None (it can run this call) or the reason why it cannot, fastest first."""
-    arguments = dict(
-        activation=activation, up_bias_EGF=up_bias_EGF, down_bias_ED=down_bias_ED, first_expert=first_expert
-    )
     return dispatch.explain(_implementations(), x_TD, routing, up_EGFD, down_EDF, **arguments)
 
 
@@ -77,7 +71,7 @@ def _implementations() -> tuple[dispatch.Implementation, ...]:
     )
 
 
-def _check(x_TD, routing: Routing, up_EGFD, down_EDF, activation, up_bias_EGF, down_bias_ED) -> None:
+def _check(x_TD, routing: Routing, up_EGFD, down_EDF, activation, up_bias_EGF, down_bias_ED, residual_TD) -> None:
     if up_EGFD.ndim != 4 or up_EGFD.shape[1] not in (1, 2):
         raise ValueError(f"experts: expected up_EGFD [E, 1 or 2, F, D], got {up_EGFD.shape}")
     num_experts, gates, width, model_width = up_EGFD.shape
@@ -89,6 +83,7 @@ def _check(x_TD, routing: Routing, up_EGFD, down_EDF, activation, up_bias_EGF, d
         "routing.weights_TA": (routing.weights_TA, (num_tokens, *routing.experts_TA.shape[1:])),
         "up_bias_EGF": (up_bias_EGF, (num_experts, gates, width)),
         "down_bias_ED": (down_bias_ED, (num_experts, model_width)),
+        "residual_TD": (residual_TD, x_TD.shape),
     }
     for name, (array, shape) in expected.items():
         if array is not None and array.shape != shape:

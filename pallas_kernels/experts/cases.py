@@ -63,6 +63,7 @@ class Case:
     chosen: tuple[int, ...] | None = None
     local: tuple[int, int] | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    has_residual: bool = False
 
     @property
     def key(self) -> str:
@@ -95,7 +96,9 @@ AWKWARD: tuple[Case, ...] = (
     Case("gelu", 4, Layer(4, 2, 64, 128, activation="gelu")),
     Case("gelu_tanh", 4, Layer(4, 2, 64, 128, activation="gelu_tanh")),
     Case("biases_upper_half", 40, Layer(8, 2, 64, 128, has_biases=True), local=(4, 4)),
-    Case("float32", 7, _TOY, dtype="float32"),
+    Case("residual", 6, _TOY, has_residual=True),
+    Case("residual_many_tokens", 70, Layer(4, 2, 64, 128, has_biases=True), has_residual=True),
+    Case("float32", 7, _TOY, dtype="float32", has_residual=True),
 )
 TOKENS = (1, 8, 32, 64, 512, 4096)
 REAL: tuple[Case, ...] = tuple(
@@ -114,7 +117,7 @@ def arguments(case: Case, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any
 def _random(case: Case, key: jax.Array) -> tuple[tuple[Any, ...], dict[str, Any]]:
     layer = case.layer
     count = case.local[1] if case.local else layer.num_experts
-    keys = iter(jax.random.split(key, 6))
+    keys = iter(jax.random.split(key, 7))
 
     def uniform(*shape: int, scale: float = 1.0) -> jax.Array:
         bound = 3**0.5 * scale  # of variance scale squared
@@ -128,7 +131,8 @@ def _random(case: Case, key: jax.Array) -> tuple[tuple[Any, ...], dict[str, Any]
     )
     up_bias_EGF = uniform(count, layer.gates, layer.width) if layer.has_biases else None
     down_bias_ED = uniform(count, layer.model_width) if layer.has_biases else None
-    return operands, dict(up_bias_EGF=up_bias_EGF, down_bias_ED=down_bias_ED)
+    residual_TD = uniform(case.tokens, layer.model_width) if case.has_residual else None
+    return operands, dict(up_bias_EGF=up_bias_EGF, down_bias_ED=down_bias_ED, residual_TD=residual_TD)
 
 
 def routing(key: jax.Array, tokens: int, layer: Layer, *, chosen: tuple[int, ...] | None = None) -> Routing:

@@ -22,6 +22,7 @@ from pallas_kernels.experts import grouped_plan, grouped_rows_sm90
 from pallas_kernels.experts.decode_sm90 import shape_key
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
 from pallas_kernels.experts.plan import padded_tokens
+from pallas_kernels.experts.reference import adding_residual
 from pallas_kernels.experts.streaming_sm90 import (
     COMPILER,
     PIECES,
@@ -50,6 +51,7 @@ class Tile:
     stages: int
 
 
+@adding_residual
 def experts(
     x_TD,
     routing: Routing,

@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
 from pallas_kernels.experts.plan import decode_plan, padded_tokens
+from pallas_kernels.experts.reference import adding_residual
 from pallas_kernels.experts.streaming_sm90 import (
     COMPILER,
     PIECES,
@@ -46,6 +47,7 @@ NAME = "decode"
 MOST_TOKENS = 64
 
 
+@adding_residual
 def experts(
     x_TD,
     routing: Routing,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Device, Implementation
-from pallas_kernels.experts.reference import activate
+from pallas_kernels.experts.reference import activate, adding_residual
 from pallas_kernels.route.api import Routing
 
 
+@adding_residual
 def experts(
     x_TD, routing: Routing, up_EGFD, down_EDF, *, activation, up_bias_EGF=None, down_bias_ED=None, first_expert=0
 ):

@@ -16,6 +16,7 @@ from pallas_kernels.dispatch import Device, Implementation
 from pallas_kernels.experts import grouped_plan, grouped_rows_sm90
 from pallas_kernels.experts.decode_sm90 import shape_key
 from pallas_kernels.experts.grouped_matmul_sm90 import TILE_ROWS, Tile, grouped_down, grouped_up
+from pallas_kernels.experts.reference import adding_residual
 from pallas_kernels.route.api import Routing
 
 NAME = "grouped"
@@ -23,6 +24,7 @@ UP_COLUMNS = 256  # of both gates together
 DOWN_COLUMNS = 256
 
 
+@adding_residual
 def experts(
     x_TD,
     routing: Routing,

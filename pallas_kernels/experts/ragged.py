@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.experts.reference import activate
+from pallas_kernels.experts.reference import activate, adding_residual
 from pallas_kernels.route.api import Routing
 
 
+@adding_residual
 def experts(
     x_TD,
     routing: Routing,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -30,6 +33,18 @@ def activate(up_GX: jax.Array, activation: str, *, axis: int) -> jax.Array:
     return hidden * parts[1] if len(parts) == 2 else hidden
 
 
+def adding_residual(experts: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`experts` with the residual behind, for implementations that do not add it themselves."""
+
+    @functools.wraps(experts)
+    def compute_and_add(x_TD, routing, up_EGFD, down_EDF, *, residual_TD=None, **arguments) -> jax.Array:
+        y_TD = experts(x_TD, routing, up_EGFD, down_EDF, **arguments)
+        return y_TD if residual_TD is None else residual_TD + y_TD
+
+    return compute_and_add
+
+
+@adding_residual
 def experts(
     x_TD, routing: Routing, up_EGFD, down_EDF, *, activation, up_bias_EGF=None, down_bias_ED=None, first_expert=0
 ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -78,6 +78,7 @@ class Routing:
 
     `logits_TE` are the router's float32 logits, for losses and inspection. `plan` comes with few tokens and `places` with
     many, from implementations that write them along the way; the expert kernels make their own where they are missing.
+    `normed_TD` are the rows that the router saw, for the experts to see as well; None where `route` normalised nothing.
     """
 
     weights_TA: Float[Array, "T A"]
@@ -85,6 +86,7 @@ class Routing:
     logits_TE: Float[Array, "T E"]
     plan: DecodePlan | None = None
     places: Places | None = None
+    normed_TD: Float[Array, "T D"] | None = None
 
 
 def route(
@@ -94,6 +96,8 @@ def route(
     rule: RoutingRule,
     gate_bias_E: Float[Array, "E"] | None = None,
     selection_bias_E: Float[Array, "E"] | None = None,
+    norm_weight_D: Float[Array, "D"] | None = None,
+    norm_epsilon: float = 1e-6,
     implementation: str | None = None,
 ) -> Routing:
     """Routes every token to `rule.top_k` experts; logits, scores and weights are float32.
@@ -101,18 +105,27 @@ def route(
     `gate_bias_E` is added to the logits. `selection_bias_E` is added to the scores for the choice only: the weights come from
     the scores without it (DeepSeek-V3's `e_score_correction_bias`).
 
+    norm_weight_D: RMSNorm in front, `x / sqrt(mean(x**2) + norm_epsilon) * weight` in float32, rounded once to `x_TD`'s dtype.
+      The experts want the same rows: `routing = route(x_TD, ..., norm_weight_D=weight_D)`, then
+      `experts(routing.normed_TD, routing, ..., residual_TD=x_TD)`.
+
     Raises:
       ValueError: shapes disagree, or the rule does not fit the number of experts.
     """
-    _check(x_TD, gate_ED, rule, gate_bias_E, selection_bias_E)
-    arguments = dict(rule=rule, gate_bias_E=gate_bias_E, selection_bias_E=selection_bias_E)
+    _check(x_TD, gate_ED, rule, gate_bias_E, selection_bias_E, norm_weight_D)
+    arguments = dict(
+        rule=rule,
+        gate_bias_E=gate_bias_E,
+        selection_bias_E=selection_bias_E,
+        norm_weight_D=norm_weight_D,
+        norm_epsilon=norm_epsilon,
+    )
     chosen = dispatch.choose("route", _implementations(), x_TD, gate_ED, implementation=implementation, **arguments)
     return chosen.run(x_TD, gate_ED, **arguments)
 
 
-def explain(x_TD, gate_ED, *, rule, gate_bias_E=None, selection_bias_E=None) -> list[tuple[str, str | None]]:
+def explain(x_TD, gate_ED, **arguments: Any) -> list[tuple[str, str | None]]:
     """Each implementation with None (it can run this call) or the reason why it cannot, fastest first."""
-    arguments = dict(rule=rule, gate_bias_E=gate_bias_E, selection_bias_E=selection_bias_E)
     return dispatch.explain(_implementations(), x_TD, gate_ED, **arguments)
 
 
@@ -122,13 +135,18 @@ def _implementations() -> tuple[dispatch.Implementation, ...]:
     return (decode_sm90.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
-def _check(x_TD, gate_ED, rule: RoutingRule, gate_bias_E, selection_bias_E) -> None:
+def _check(x_TD, gate_ED, rule: RoutingRule, gate_bias_E, selection_bias_E, norm_weight_D) -> None:
     if x_TD.ndim != 2 or gate_ED.ndim != 2 or x_TD.shape[1] != gate_ED.shape[1]:
         raise ValueError(f"route: expected x_TD [T, D] and gate_ED [E, D], got {x_TD.shape} and {gate_ED.shape}")
-    num_experts = gate_ED.shape[0]
-    for name, bias_E in (("gate_bias_E", gate_bias_E), ("selection_bias_E", selection_bias_E)):
-        if bias_E is not None and bias_E.shape != (num_experts,):
-            raise ValueError(f"route: expected {name} of shape ({num_experts},), got {bias_E.shape}")
+    num_experts, width = gate_ED.shape
+    expected = {
+        "gate_bias_E": (gate_bias_E, num_experts),
+        "selection_bias_E": (selection_bias_E, num_experts),
+        "norm_weight_D": (norm_weight_D, width),
+    }
+    for name, (vector, length) in expected.items():
+        if vector is not None and vector.shape != (length,):
+            raise ValueError(f"route: expected {name} of shape ({length},), got {vector.shape}")
     if num_experts % rule.num_groups:
         raise ValueError(f"route: {num_experts} experts do not split into {rule.num_groups} equal groups")
     selectable = num_experts // rule.num_groups * rule.top_groups

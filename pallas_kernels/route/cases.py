@@ -20,6 +20,7 @@ class Router:
     rule: RoutingRule
     has_gate_bias: bool = False
     has_selection_bias: bool = False
+    has_norm: bool = False
 
 
 _DEEPSEEK_V3 = RoutingRule(
@@ -63,6 +64,7 @@ def _toy(num_experts: int, rule: RoutingRule, *, model_width: int = 128, **biase
 
 
 _GROUPED_MAX = RoutingRule(3, num_groups=4, top_groups=2, group_score="max", scale=16.0)
+_BIASES = dict(has_gate_bias=True, has_selection_bias=True)
 _GROUPED_SUM = dataclasses.replace(_DEEPSEEK_V3, top_k=4)
 AWKWARD: tuple[Case, ...] = (
     Case("softmax_one_token", 1, _toy(8, RoutingRule(2))),
@@ -74,6 +76,8 @@ AWKWARD: tuple[Case, ...] = (
     Case("groups_by_max", 5, _toy(16, _GROUPED_MAX)),
     Case("groups_by_top2_sum", 5, _toy(64, _GROUPED_SUM, has_selection_bias=True)),
     Case("top1", 11, _toy(16, RoutingRule(1))),
+    Case("norm_in_front", 5, _toy(8, RoutingRule(2), has_norm=True)),
+    Case("norm_and_all_biases", 9, _toy(64, _GROUPED_SUM, model_width=192, has_norm=True, **_BIASES)),
     Case("every_expert", 3, _toy(4, RoutingRule(4))),
     Case("many_experts", 3, _toy(384, RoutingRule(8, score="sigmoid", renormalize=True), has_selection_bias=True)),
     Case("ties", 16, _toy(16, RoutingRule(4)), ties=True),
@@ -96,7 +100,7 @@ def arguments(case: Case, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any
     same logits, bit by bit, so that experts can be compared exactly.
     """
     router = case.router
-    keys = jax.random.split(jax.random.key(seed), 4)
+    keys = jax.random.split(jax.random.key(seed), 6)
     largest = 1 if case.ties else 4
     x_TD = jax.random.randint(keys[0], (case.tokens, router.model_width), -2, 3)
     gate_ED = jax.random.randint(keys[1], (router.num_experts, router.model_width), -largest, largest + 1)
@@ -104,11 +108,14 @@ def arguments(case: Case, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any
     scale = 2.0 ** -round(math.log2(largest * router.model_width**0.5))
     if case.ties:
         x_TD, scale = x_TD.at[:, 4:].set(0), 0.5
+    named: dict[str, Any] = dict(rule=router.rule)
+    if router.has_norm:
+        # Rows whose root mean square is a power of two: rounding to bfloat16 hides the last bits of the inverse root.
+        x_TD = 2 * jax.random.rademacher(keys[4], x_TD.shape)
+        named["norm_weight_D"] = jax.random.randint(keys[5], (router.model_width,), 1, 4).astype(case.dtype)
     operands = (x_TD.astype(case.dtype), (gate_ED * scale).astype(case.dtype))
-    bias_E = {
-        "gate_bias_E": jax.random.randint(keys[2], (router.num_experts,), -8, 9) / 16 if router.has_gate_bias else None,
-        "selection_bias_E": jax.random.normal(keys[3], (router.num_experts,)) / 8
-        if router.has_selection_bias
-        else None,
-    }
-    return operands, dict(rule=router.rule, **bias_E)
+    if router.has_gate_bias:
+        named["gate_bias_E"] = jax.random.randint(keys[2], (router.num_experts,), -8, 9) / 16
+    if router.has_selection_bias:
+        named["selection_bias_E"] = jax.random.normal(keys[3], (router.num_experts,)) / 8
+    return operands, named

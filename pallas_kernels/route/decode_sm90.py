@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Device, Implementation
+from pallas_kernels.route import reference
 from pallas_kernels.route.api import NUM_SIGNALS, DecodePlan, Routing, RoutingRule
 
 MAX_TOKENS = 64
@@ -112,6 +113,7 @@ class _Sizes:
         return max(2, min(pl.cdiv(self.width_tiles, self.blocks), STAGE_BYTES // stage_bytes))
 
 
+@reference.normalising
 def route(x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None) -> Routing:
     blocks = _blocks(dispatch.current_device().num_sms, x_TD.shape[1] // TILE)
     return _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, rule=rule, blocks=blocks)
@@ -645,7 +647,7 @@ def _write_active(sizes: _Sizes, smem, flags, active_gmem, num_active_gmem) -> N
     num_active_gmem[0] = smem.counts_smem[1, sizes.tiles * TILE - 1]
 
 
-def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None):
+def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, **arguments):
     num_tokens, width = x_TD.shape
     num_experts = gate_ED.shape[0]
     if not device.is_hopper:

@@ -66,6 +66,7 @@ def _sizes(tokens: int, experts: int, rule: RoutingRule) -> _Sizes:
     return _Sizes(tokens, experts, chunk, chunks, warpgroups)
 
 
+@reference.normalising
 def route(x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None) -> Routing:
     return _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, rule=rule)
 
@@ -345,7 +346,7 @@ def _choose_kernel(
             ranks_gmem[rows, a] = sum(parts).astype(jnp.int32)
 
 
-def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None):
+def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, **arguments):
     num_experts = gate_ED.shape[0]
     if not device.is_hopper:
         return f"it is written for Hopper GPUs, not for {device.platform} {device.kind}"

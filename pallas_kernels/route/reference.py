@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,6 +14,26 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.route.api import Routing, RoutingRule
 
 
+def normalising(route: Callable[..., Routing]) -> Callable[..., Routing]:
+    """`route` with the RMSNorm in front, for implementations that have none of their own."""
+
+    @functools.wraps(route)
+    def norm_and_route(x_TD, gate_ED, *, norm_weight_D=None, norm_epsilon: float = 1e-6, **arguments) -> Routing:
+        if norm_weight_D is None:
+            return route(x_TD, gate_ED, **arguments)
+        normed_TD = rms_norm(x_TD, norm_weight_D, epsilon=norm_epsilon)
+        return dataclasses.replace(route(normed_TD, gate_ED, **arguments), normed_TD=normed_TD)
+
+    return norm_and_route
+
+
+def rms_norm(x_TD, weight_D, *, epsilon: float) -> jax.Array:
+    x32_TD = x_TD.astype(jnp.float32)
+    inverse_T1 = lax.rsqrt(jnp.mean(x32_TD * x32_TD, axis=1, keepdims=True) + epsilon)
+    return (x32_TD * inverse_T1 * weight_D.astype(jnp.float32)).astype(x_TD.dtype)
+
+
+@normalising
 def route(x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None) -> Routing:
     logits_TE = router_logits(x_TD, gate_ED, gate_bias_E, dtype=rule.dtype)
     return choose_experts(logits_TE, rule=rule, selection_bias_E=selection_bias_E)

@@ -90,6 +90,8 @@ def check_route(result: route_api.Routing, case: route_cases.Case) -> None:
     exact = route_reference.route(*operands, **named)
     np.testing.assert_array_equal(result.logits_TE, exact.logits_TE)
     np.testing.assert_array_equal(result.experts_TA, exact.experts_TA)
+    if case.router.has_norm:
+        np.testing.assert_array_equal(result.normed_TD, exact.normed_TD)
     # The GPU's exponential is off by up to two ulp.
     np.testing.assert_allclose(result.weights_TA, exact.weights_TA, rtol=1e-6, atol=1e-12)
 
