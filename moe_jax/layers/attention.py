@@ -11,11 +11,13 @@ from jax import lax
 
 from moe_jax.kv_cache import LayerCache
 from moe_jax.layers import parameter
-from moe_jax.layers.linear import linear
+from moe_jax.layers.linear import projected
 from moe_jax.layers.norm import RMSNorm
 from moe_jax.layers.rope import rotate
+from pallas_kernels import decode_attention, dispatch
 
 MASKED = -1e30
+CUDNN_WIDEST_HEAD = 128  # 256 on Hopper and later
 
 Tables = tuple[jax.Array, jax.Array]
 
@@ -58,6 +60,34 @@ def causal(positions_BT: jax.Array, num_keys: int, window: int | None = None) ->
     return is_visible_BTS
 
 
+def attend_causally(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, *, window: int | None = None) -> jax.Array:
+    """Attention among tokens at positions 0 to T, by cuDNN where it can: it never holds all scores at once."""
+    batch, length, _, head_width = q_BTNH.shape
+    if why_not_cudnn(q_BTNH) is None:
+        left = None if window is None else (window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=left, implementation="cudnn"
+        )
+    positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    is_visible_BTS = causal(positions_BT, length, window)
+    keys, values = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    return attend(q_BTNH, keys, values, is_visible_BTS, scale=head_width**-0.5)
+
+
+def why_not_cudnn(q_BTNH: jax.Array) -> str | None:
+    """Why cuDNN's attention cannot run these queries, in one sentence; None where it can."""
+    device, head_width = dispatch.current_device(), q_BTNH.shape[-1]
+    if device.platform != "gpu" or device.is_interpreted:
+        return f"it needs an NVIDIA GPU, and this is {device.kind}"
+    if jax.default_backend() != "gpu":
+        return "it is asked for its version when a program is traced, and there is no GPU here"
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies bfloat16 and float16, and the queries are {q_BTNH.dtype}"
+    if head_width % 8 or head_width > CUDNN_WIDEST_HEAD:
+        return f"its heads are multiples of 8 up to {CUDNN_WIDEST_HEAD} wide, and these {head_width}"
+    return None
+
+
 class Attention(nnx.Module):
     """Self-attention of a decoder, with rotary positions.
 
@@ -98,54 +128,72 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(k_norm_width, **norms) if qk_norm else None
 
     def prefill(
-        self, x_BTD: jax.Array, tables: Tables, cache: LayerCache | None
+        self, x_BTD: jax.Array, norm: RMSNorm, tables: Tables, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attends among the given tokens, which start at position 0, and writes them to the cache if there is one."""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, tables)
-        batch, length = x_BTD.shape[:2]
-        positions_BT = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        is_visible_BTS = causal(positions_BT, length, self.window)
-        out_BTNH = self._attend(q_BTNH, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), is_visible_BTS)
+        """`x + attention(norm(x))` among tokens that start at position 0; writes them to the cache if there is one."""
+        B, T, _ = x_BTD.shape
+        q_BTX, k_BTX, v_BTX = self._normalised(*self._projected(x_BTD, norm))
+        q_BTNH, k_BTKH, v_BTKH = (each.reshape(B, T, -1, self.head_width) for each in (q_BTX, k_BTX, v_BTX))
+        q_BTNH, k_BTKH = rotate(q_BTNH, tables), rotate(k_BTKH, tables)
+        out_BTNH = attend_causally(q_BTNH, k_BTKH, v_BTKH, window=self.window)
         cache = None if cache is None else cache.filled(k_BTKH, v_BTKH)
-        return self._output(out_BTNH), cache
+        return self._output(out_BTNH.reshape(B, T, -1), x_BTD), cache
 
     def decode(
-        self, x_BTD: jax.Array, tables: Tables, cache: LayerCache, positions_B: jax.Array
+        self, x_BTD: jax.Array, norm: RMSNorm, tables: Tables, cache: LayerCache, positions_B: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
-        """One new token per request (T = 1): writes it to the cache at `positions_B` and attends over what is there."""
-        q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, tables)
-        cache = cache.appended(k_BTKH[:, 0], v_BTKH[:, 0], positions_B)
-        is_visible_BTS = causal(positions_B[:, None], cache.k_BKSH.shape[2], self.window)
-        return self._output(self._attend(q_BTNH, cache.k_BKSH, cache.v_BKSH, is_visible_BTS)), cache
+        """`x + attention(norm(x))` of one new token per request (T = 1), which goes to `positions_B` of the cache."""
+        q_BX, k_BX, v_BX = (each[:, 0] for each in self._projected(x_BTD, norm))
+        cos_BR, sin_BR = (table[:, 0] for table in tables)
+        out_BX, k_BKSH, v_BKSH = decode_attention(
+            q_BX,
+            k_BX,
+            v_BX,
+            cos_BR,
+            sin_BR,
+            cache.k_BKSH,
+            cache.v_BKSH,
+            positions_B,
+            q_norm_weight=None if self.q_norm is None else self.q_norm.weight_D[...],
+            k_norm_weight=None if self.k_norm is None else self.k_norm.weight_D[...],
+            norm_epsilon=1e-6 if self.q_norm is None else self.q_norm.epsilon,
+            clip=self.clip,
+            window=self.window,
+        )
+        return self._output(out_BX[:, None], x_BTD), LayerCache(k_BKSH, v_BKSH)
 
-    def _project(self, x_BTD, tables: Tables):
-        q_BTNH = _heads(x_BTD, self.q_NHD, self.q_bias_NH)
-        k_BTKH = _heads(x_BTD, self.k_KHD, self.k_bias_KH)
-        v_BTKH = _heads(x_BTD, self.v_KHD, self.v_bias_KH)
+    @property
+    def head_width(self) -> int:
+        return self.k_KHD.shape[1]
+
+    def _projected(self, x_BTD, norm: RMSNorm) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of the normalised tokens, `[B, T, heads * H]`."""
+        weights = tuple(_rows(each[...]) for each in (self.q_NHD, self.k_KHD, self.v_KHD))
+        biases = None
+        if self.q_bias_NH is not None and self.k_bias_KH is not None and self.v_bias_KH is not None:
+            biases = tuple(each[...].reshape(-1) for each in (self.q_bias_NH, self.k_bias_KH, self.v_bias_KH))
+        q_BTX, k_BTX, v_BTX = projected(x_BTD, weights, biases, norm=norm)
+        return q_BTX, k_BTX, v_BTX
+
+    def _normalised(self, q_BTX, k_BTX, v_BTX):
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH = _normalised(self.q_norm, q_BTNH, whole=self.qk_norm == "projection")
-            k_BTKH = _normalised(self.k_norm, k_BTKH, whole=self.qk_norm == "projection")
+            q_BTX, k_BTX = _of_pieces(self.q_norm, q_BTX), _of_pieces(self.k_norm, k_BTX)
         if self.clip is not None:
-            q_BTNH, k_BTKH, v_BTKH = (jnp.clip(each, -self.clip, self.clip) for each in (q_BTNH, k_BTKH, v_BTKH))
-        return rotate(q_BTNH, tables), rotate(k_BTKH, tables), v_BTKH
+            q_BTX, k_BTX, v_BTX = (jnp.clip(each, -self.clip, self.clip) for each in (q_BTX, k_BTX, v_BTX))
+        return q_BTX, k_BTX, v_BTX
 
-    def _attend(self, q_BTNH, k_BKSH, v_BKSH, is_visible_BTS):
-        return attend(q_BTNH, k_BKSH, v_BKSH, is_visible_BTS, scale=q_BTNH.shape[-1] ** -0.5)
-
-    def _output(self, out_BTNH):
-        B, T, N, H = out_BTNH.shape
-        bias_D = None if self.o_bias_D is None else self.o_bias_D[...]
-        return linear(out_BTNH.reshape(B, T, N * H), self.o_DNH[...].reshape(-1, N * H), bias_D)
+    def _output(self, out_BTX, residual_BTD):
+        D, N, H = self.o_DNH.shape
+        biases = None if self.o_bias_D is None else (self.o_bias_D[...],)
+        (x_BTD,) = projected(out_BTX, (self.o_DNH[...].reshape(D, N * H),), biases, residual_BTO=residual_BTD)
+        return x_BTD
 
 
-def _heads(x_BTD, weight_NHD: nnx.Param, bias_NH: nnx.Param | None):
-    N, H, D = weight_NHD.shape
-    bias = None if bias_NH is None else bias_NH[...].reshape(N * H)
-    return linear(x_BTD, weight_NHD[...].reshape(N * H, D), bias).reshape(*x_BTD.shape[:2], N, H)
+def _rows(weight_NHD: jax.Array) -> jax.Array:
+    """`[N, H, D]` as the matrix `[N * H, D]`."""
+    return weight_NHD.reshape(-1, weight_NHD.shape[-1])
 
 
-def _normalised(norm: RMSNorm, x_BTNH, *, whole: bool):
-    if not whole:
-        return norm(x_BTNH)
-    B, T, N, H = x_BTNH.shape
-    return norm(x_BTNH.reshape(B, T, N * H)).reshape(B, T, N, H)
+def _of_pieces(norm: RMSNorm, x_BTX: jax.Array) -> jax.Array:
+    """The norm over consecutive pieces as wide as its weight: each head, or all at once."""
+    return norm(x_BTX.reshape(*x_BTX.shape[:2], -1, norm.weight_D.shape[0])).reshape(x_BTX.shape)

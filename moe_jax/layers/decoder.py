@@ -45,12 +45,12 @@ class DecoderLayer(nnx.Module):
         self.feed_forward_norm, self.feed_forward = feed_forward_norm, feed_forward
 
     def prefill(self, x_BTD, tables, cache: LayerCache | None):
-        attended_BTD, cache = self.attention.prefill(self.attention_norm(x_BTD), tables, cache)
-        return *self._fed_forward(x_BTD + attended_BTD), cache
+        x_BTD, cache = self.attention.prefill(x_BTD, self.attention_norm, tables, cache)
+        return *self._fed_forward(x_BTD), cache
 
     def decode(self, x_BTD, tables, cache: LayerCache, positions_B):
-        attended_BTD, cache = self.attention.decode(self.attention_norm(x_BTD), tables, cache, positions_B)
-        return *self._fed_forward(x_BTD + attended_BTD), cache
+        x_BTD, cache = self.attention.decode(x_BTD, self.attention_norm, tables, cache, positions_B)
+        return *self._fed_forward(x_BTD), cache
 
     def _fed_forward(self, x_BTD) -> tuple[jax.Array, Routing | None]:
         return add_feed_forward(x_BTD, self.feed_forward_norm, self.feed_forward)
