@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, tuning
-from pallas_kernels.experts import grouped_plan, grouped_rows_sm90
+from pallas_kernels.experts import grouped_plan, grouped_plan_sm90, grouped_rows_sm90
 from pallas_kernels.experts.decode_sm90 import shape_key
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
 from pallas_kernels.experts.plan import padded_tokens
@@ -106,7 +106,7 @@ def _experts(
 ):
     num_experts = up_EGFD.shape[0]
     most = next((tokens for tokens in TOKEN_TILES if tokens >= len(x_TD)), TOKEN_TILES[-1])
-    plan = grouped_plan.plan(
+    plan = grouped_plan_sm90.plan(
         routing.experts_TA,
         num_experts=num_experts,
         first_expert=first_expert,

@@ -4,8 +4,7 @@ One persistent launch. A producer warp streams tiles of rows and weights through
 between work items; two warpgroups multiply 64 rows each, and the second only keeps step where a tile has 64 rows or fewer.
 Two epilogues: `grouped_up` applies the expert's activation, `grouped_down` stores rows in float16 beside a scale.
 
-Measured on an H200: with equal work on all SMs 90 % (K = 1024) to 96 % (K = 4096) of the matrix units' 808 TFLOP/s, and
-75 to 80 % at 512 rows an expert: items are dealt out in turn, and the SM that gets the most full tiles ends last.
+Items are dealt out in turn, and those of the last waves go to whichever SM is free: they differ in height.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ SWIZZLED = 64  # elements of 2 bytes in the widest swizzle
 WARPGROUPS = 2  # that multiply
 TILE_ROWS = ROWS * WARPGROUPS
 STAGES = 4  # of the ring: as many as fit
+TAIL = 3  # waves of items that blocks of their own work on, at most
 SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
 
 
@@ -133,6 +133,24 @@ _ELEMENTWISE = {
 }
 
 
+def _share(block, num_items, num_sms: int):
+    """How many items `block` works on, and a function from their order to the item."""
+    # Items differ in height. Dealt out in turn to one persistent block an SM, some SMs would be done a tenth earlier than
+    # others; so each block of the last waves has one item, and the hardware starts it where an SM has become free.
+    waves = lax.div(num_items + num_sms - 1, num_sms)
+    dealt = lax.min((waves - lax.min(TAIL, lax.div(waves, 4))) * num_sms, num_items)
+    is_dealer, tail_item = block < num_sms, dealt + block - num_sms
+    whole = lax.div(dealt, num_sms)
+    has_one_more = lax.rem(block + whole, num_sms) < dealt - whole * num_sms
+    count = jnp.where(is_dealer, whole + has_one_more.astype(jnp.int32), (tail_item < num_items).astype(jnp.int32))
+
+    def item_of(i):
+        # Turned by one each wave: tall and short tiles alternate, and would meet the same SMs each time.
+        return jnp.where(is_dealer, i * num_sms + lax.rem(block + i, num_sms), tail_item)
+
+    return count, item_of
+
+
 def _grouped_matmul(
     rows_MI,
     weights_EGOI,
@@ -164,13 +182,13 @@ def _grouped_matmul(
         rows_smem, weights_smem, out_smem, full, empty = (
             scratch[key] for key in ("rows_smem", "weights_smem", "out_smem", "full", "empty")
         )
-        sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index("warpgroup")
         row_tiles = num_tiles_gmem[0]
-        num_items = lax.max((row_tiles * column_tiles - sm + num_sms - 1) // num_sms, 0)
+        num_items, item_of = _share(lax.axis_index("block"), row_tiles * column_tiles, num_sms)
 
         def place(i):
-            """Tile of rows and tile of columns of this SM's i-th item: bands of rows, columns, rows of the band."""
-            item = sm + i * num_sms
+            """Tile of rows and tile of columns of this block's i-th item: bands of rows, columns, rows of the band."""
+            item = item_of(i)
             band = item // (tile.band * column_tiles)
             within = item - band * (tile.band * column_tiles)
             height = lax.min(row_tiles - band * tile.band, tile.band)
@@ -293,8 +311,8 @@ def _grouped_matmul(
     return plgpu.kernel(
         kernel,
         out_type=out_types,
-        grid=(num_sms,),
-        grid_names=("sm",),
+        grid=((1 + TAIL) * num_sms,),
+        grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name=name,

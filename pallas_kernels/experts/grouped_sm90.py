@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Device, Implementation
-from pallas_kernels.experts import grouped_plan, grouped_rows_sm90
+from pallas_kernels.experts import grouped_plan, grouped_plan_sm90, grouped_rows_sm90
 from pallas_kernels.experts.decode_sm90 import shape_key
 from pallas_kernels.experts.grouped_matmul_sm90 import TILE_ROWS, Tile, grouped_down, grouped_up
 from pallas_kernels.experts.reference import adding_residual
@@ -82,7 +82,7 @@ def _experts(
     chosen = dict(settings)
     up_tile = Tile(UP_COLUMNS // gates, chosen["up_band"])
     down_tile = Tile(DOWN_COLUMNS, chosen["down_band"])
-    plan = grouped_plan.plan(
+    plan = grouped_plan_sm90.plan(
         routing.experts_TA,
         num_experts=num_experts,
         first_expert=first_expert,

@@ -130,9 +130,9 @@ def explain(x_TD, gate_ED, **arguments: Any) -> list[tuple[str, str | None]]:
 
 
 def _implementations() -> tuple[dispatch.Implementation, ...]:
-    from pallas_kernels.route import decode_sm90, reference
+    from pallas_kernels.route import decode_sm90, prefill_sm90, reference
 
-    return (decode_sm90.IMPLEMENTATION, reference.IMPLEMENTATION)
+    return (decode_sm90.IMPLEMENTATION, prefill_sm90.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
 def _check(x_TD, gate_ED, rule: RoutingRule, gate_bias_E, selection_bias_E, norm_weight_D) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import interpret
-from pallas_kernels.experts import cases, grouped_plan, grouped_rows_sm90
+from pallas_kernels.experts import cases, grouped_plan, grouped_plan_sm90, grouped_rows_sm90
 from pallas_kernels.route.api import Places
 
 MANY = cases.Case("many_blocks", 300, cases.Layer(12, 3, 64, 128), local=(2, 9))
 TALL = cases.Case("several_tiles_each", 900, cases.Layer(4, 2, 64, 128))
 SEVENTY = cases.Case("seventy_experts", 70, cases.Layer(70, 6, 64, 64))
+ODD = cases.Case("an_odd_number_of_choices", 131, cases.Layer(5, 1, 64, 64))
 PLANNED = [case for case in cases.AWKWARD if case.dtype == "bfloat16"] + [MANY, TALL, SEVENTY]
 
 
@@ -35,6 +38,21 @@ def test_plan_counts_as_by_hand(case, has_places, tile_rows):
     assert list(zip(*(np.asarray(column)[:num_tiles].tolist() for column in columns), strict=True)) == tiles
     assert num_tiles <= len(plan.expert_X)
     assert end <= grouped_plan.num_rows(routing.experts_TA.size, count)
+
+
+@pytest.mark.parametrize("case", [MANY, TALL, SEVENTY, ODD], ids=lambda case: case.name)
+def test_plan_kernel_is_the_plan(case):
+    routing = cases.routing(jax.random.key(0), case.tokens, case.layer)
+    first, count = case.local or (0, case.layer.num_experts)
+    places = _places_by_hand(np.asarray(routing.experts_TA), case.layer.num_experts)
+    arguments = dict(num_experts=count, first_expert=first, tile_rows=128, places=places)
+    expected = grouped_plan.plan(routing.experts_TA, **arguments)
+    with interpret.interpreting():
+        plan = jax.block_until_ready(grouped_plan_sm90.plan(routing.experts_TA, **arguments))
+    num_tiles = int(expected.num_tiles_1[0])
+    for name, exact in dataclasses.asdict(expected).items():
+        checked = slice(num_tiles) if name.endswith("_X") else slice(None)
+        np.testing.assert_array_equal(getattr(plan, name)[checked], exact[checked], err_msg=name)
 
 
 def _plan_by_hand(local_M: np.ndarray, num_experts: int, tile_rows: int):
