@@ -27,7 +27,6 @@ ROWS = 64  # of one warpgroup
 SWIZZLED = 64  # elements of 2 bytes in the widest swizzle
 WARPGROUPS = 2  # that multiply
 TILE_ROWS = ROWS * WARPGROUPS
-STAGES = 4  # of the ring: as many as fit
 TAIL = 3  # waves of items that blocks of their own work on, at most
 SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
 
@@ -172,6 +171,7 @@ def _grouped_matmul(
     step_depth = math.gcd(depth, SWIZZLED)  # a swizzled copy wants an array whose width it divides
     column_tiles, steps = pl.cdiv(width, tile.columns), depth // step_depth
     half = tile.columns if gates == 2 else tile.columns // 2
+    stages = 4 if half > ROWS else 6  # of the ring: as many as fit
     sources = [(0, 0), (1, 0)] if gates == 2 else [(0, 0), (0, half)]  # (gate, first column) of each half
     has_bias = bias_EGO is not None
     if has_bias:  # read by registers, which unlike TMA do not stop at the end of an array
@@ -199,7 +199,7 @@ def _grouped_matmul(
             return lax.div(start_gmem[row_tile], ROWS) * ROWS
 
         def stage(step):
-            return lax.rem(step, STAGES)
+            return lax.rem(step, stages)
 
         def produce():
             @pl.loop(0, num_items)
@@ -212,7 +212,7 @@ def _grouped_matmul(
                     step = i * steps + k
                     slot = stage(step)
 
-                    @pl.when(step >= STAGES)
+                    @pl.when(step >= stages)
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
@@ -227,9 +227,9 @@ def _grouped_matmul(
                             full.at[slot],
                         )
 
-            @pl.loop(0, lax.min(num_items * steps, STAGES))
+            @pl.loop(0, lax.min(num_items * steps, stages))
             def _drain(j):  # every completion is awaited before the block may end
-                plgpu.barrier_wait(empty.at[stage(lax.max(num_items * steps - STAGES, 0) + j)])
+                plgpu.barrier_wait(empty.at[stage(lax.max(num_items * steps - stages, 0) + j)])
 
         def multiply(i, accs):
             rows = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
@@ -317,11 +317,11 @@ def _grouped_matmul(
         thread_name="warpgroup",
         kernel_name=name,
         scratch_types=dict(
-            rows_smem=plgpu.SMEM((STAGES, TILE_ROWS, step_depth), dtype),
-            weights_smem=plgpu.SMEM((STAGES, 2, half, step_depth), dtype),
+            rows_smem=plgpu.SMEM((stages, TILE_ROWS, step_depth), dtype),
+            weights_smem=plgpu.SMEM((stages, 2, half, step_depth), dtype),
             out_smem=plgpu.SMEM((WARPGROUPS, ROWS, half), out_types[0].dtype),
-            full=plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
-            empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+            full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
     )(

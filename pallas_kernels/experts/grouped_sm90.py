@@ -20,8 +20,8 @@ from pallas_kernels.experts.reference import adding_residual
 from pallas_kernels.route.api import Routing
 
 NAME = "grouped"
-UP_COLUMNS = 256  # of both gates together
-DOWN_COLUMNS = 256
+WIDE, NARROW = 256, 128  # columns of an item's result, of both gates together
+FEW_WAVES = 3
 
 
 @adding_residual
@@ -40,7 +40,7 @@ def experts(
     if settings is None:
         settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0])
     if settings is None:
-        settings = default_settings()
+        settings = default_settings(routing, up_EGFD, num_sms=dispatch.current_device().num_sms)
     return _experts(
         x_TD,
         routing,
@@ -55,13 +55,24 @@ def experts(
     )
 
 
-def default_settings() -> dict[str, int]:
-    return dict(up_band=8, down_band=4)
+def default_settings(routing: Routing, up_EGFD, *, num_sms: int) -> dict[str, int]:
+    """Narrow items, which load a half more per product, where wide ones would leave SMs without work at the end."""
+    num_experts, gates, width, model_width = up_EGFD.shape
+    choices = routing.experts_TA.size
+    row_tiles = choices // TILE_ROWS + min(num_experts, choices) // 2  # about: last tiles are half full
+
+    def columns(total: int) -> int:
+        return NARROW if row_tiles * total < FEW_WAVES * num_sms * WIDE else WIDE
+
+    return dict(up_columns=columns(gates * width), up_band=8, down_columns=columns(model_width), down_band=4)
 
 
 def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> list[dict[str, int]]:
     """Settings worth trying, the default first."""
-    return [default_settings(), *(dict(up_band=band, down_band=band) for band in (2, 4, 8, 16))]
+    default = default_settings(routing, up_EGFD, num_sms=dispatch.current_device().num_sms)
+    columns = [default | dict(up_columns=up, down_columns=down) for up in (WIDE, NARROW) for down in (WIDE, NARROW)]
+    bands = [default | dict(up_band=band, down_band=band) for band in (2, 4, 8, 16)]
+    return [default, *(each for each in columns + bands if each != default)]
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "first_expert", "settings", "num_sms"))
@@ -80,8 +91,8 @@ def _experts(
 ):
     num_experts, gates, _, model_width = up_EGFD.shape
     chosen = dict(settings)
-    up_tile = Tile(UP_COLUMNS // gates, chosen["up_band"])
-    down_tile = Tile(DOWN_COLUMNS, chosen["down_band"])
+    up_tile = Tile(chosen["up_columns"] // gates, chosen["up_band"])
+    down_tile = Tile(chosen["down_columns"], chosen["down_band"])
     plan = grouped_plan_sm90.plan(
         routing.experts_TA,
         num_experts=num_experts,
