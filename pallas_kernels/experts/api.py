@@ -59,11 +59,11 @@ def explain(x_TD, routing, up_EGFD, down_EDF, **arguments: Any) -> list[tuple[st
 
 
 def _implementations() -> tuple[dispatch.Implementation, ...]:
-    # compact_sm90 waits for a run on a GPU that checks its numbers: interpreted and compiled they are right.
-    from pallas_kernels.experts import decode_sm90, gathered, grouped_sm90, ragged, reference
+    from pallas_kernels.experts import compact_sm90, decode_sm90, gathered, grouped_sm90, ragged, reference
 
     return (
         decode_sm90.IMPLEMENTATION,
+        compact_sm90.IMPLEMENTATION,
         grouped_sm90.IMPLEMENTATION,
         gathered.IMPLEMENTATION,
         ragged.IMPLEMENTATION,

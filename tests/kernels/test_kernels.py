@@ -21,7 +21,6 @@ from pallas_kernels import aot, interpret
 from pallas_kernels.dispatch import Device, Implementation
 from pallas_kernels.experts import api as experts_api
 from pallas_kernels.experts import cases as experts_cases
-from pallas_kernels.experts import compact_sm90
 from pallas_kernels.experts import reference as experts_reference
 from pallas_kernels.matvec import api as matvec_api
 from pallas_kernels.matvec import cases as matvec_cases
@@ -105,10 +104,7 @@ class Op:
 
 OPS = {
     "experts": Op(
-        (
-            *experts_api._implementations(),
-            compact_sm90.IMPLEMENTATION,
-        ),  # compact: not chosen before it has run on a GPU
+        experts_api._implementations(),
         experts_cases,
         functools.partial(check_numbers, experts_reference.experts, experts_cases),
     ),
