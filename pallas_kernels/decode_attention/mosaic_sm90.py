@@ -28,6 +28,7 @@ from pallas_kernels.experts.streaming_sm90 import fill_ring, on_producer_warp
 NAME = "mosaic_sm90"
 POSITIONS = 64  # of a tile: wgmma's M
 MOST_QUERIES = 16
+WIDTHS = (32, 64, 96, 128, 192, 256)
 MOST_WORKERS = 4
 MOST_SPLITS = 8  # the largest portable cluster
 SHARED_MEMORY_BYTES = 227 << 10
@@ -91,7 +92,8 @@ def _decode_attention(
     weights = () if q_norm_weight is None else (q_norm_weight, k_norm_weight)
     if weights and weights[0].size > H:
         weights = tuple(weight.reshape(-1, H) for weight in weights)
-    k_ref, v_ref = (jax.new_ref(each.reshape(B * K, S, H)) for each in (k_BKSH, v_BKSH))
+    pack = _pack(H)
+    k_ref, v_ref = (jax.new_ref(each.reshape(B * K, S // pack, pack * H)) for each in (k_BKSH, v_BKSH))
     rows = [each.reshape(-1, H) for each in (q_BQ, k_BX, v_BX)]
     out_XH = _launch(*rows, cos_BR, sin_BR, positions_B.astype(jnp.int32), k_ref, v_ref, weights, kv_heads=K, **static)
     return out_XH.reshape(q_BQ.shape), *(jax.freeze(ref).reshape(k_BKSH.shape) for ref in (k_ref, v_ref))
@@ -117,14 +119,15 @@ def _launch(
     stages,
 ):
     width, half, dtype = q_XH.shape[1], q_XH.shape[1] // 2, q_XH.dtype
-    batch, capacity = positions_B.shape[0], k_ref.shape[1]
+    pack = _pack(width)
+    batch, capacity = positions_B.shape[0], k_ref.shape[1] * pack
     query_heads = q_XH.shape[0] // batch
     group = query_heads // kv_heads
     queries = pl.cdiv(group, 8) * 8  # a head's, padded
     norms_whole = bool(weights) and weights[0].ndim == 2
     rows_layout, halves = _rows_layout(half), [pl.ds(n * half, half) for n in range(2)]
     # A partial result: maxima, exponentials summed over tiles, and attended values in chunks of 64 columns.
-    chunks = [pl.ds(n * POSITIONS, POSITIONS) for n in range(width // POSITIONS)]
+    chunks = [pl.ds(n * POSITIONS, POSITIONS) for n in range(pack * width // POSITIONS)]
     num_arrays, tile_shape = 2 + len(chunks), (POSITIONS, queries)
 
     def kernel(q_gmem, k_gmem, v_gmem, cos_gmem, sin_gmem, positions_gmem, k_cache_gmem, v_cache_gmem, *rest, **smem):
@@ -135,8 +138,8 @@ def _launch(
         kv_head = lax.rem(head, kv_heads)
         new = lax.min(positions_gmem[request], capacity)  # the first position that is not in the cache
         oldest = 0 if window is None else lax.max(new - window + 1, 0)
-        first_tile = oldest // POSITIONS
-        all_tiles = lax.max(pl.cdiv(new, POSITIONS) - first_tile, 0)
+        first_tile = oldest // (POSITIONS * pack)
+        all_tiles = lax.max(pl.cdiv(new, POSITIONS * pack) - first_tile, 0)
         begin, end = (first_tile + all_tiles * n // splits for n in (split, split + 1))
 
         def tile_of(cache_gmem, tile):
@@ -147,7 +150,7 @@ def _launch(
             ready = smem["rows_full"]
             plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(head * group, queries)], smem["q_rows_smem"], ready)
             plgpu.copy_gmem_to_smem(k_gmem.at[head], smem["k_raw_smem"], ready)
-            plgpu.copy_gmem_to_smem(v_gmem.at[head], smem["v_smem"], ready)
+            plgpu.copy_gmem_to_smem(v_gmem.at[head], smem["v_smem"].at[pl.ds(0, width)], ready)
             plgpu.copy_gmem_to_smem(cos_gmem.at[request], smem["cos_smem"], ready)
             plgpu.copy_gmem_to_smem(sin_gmem.at[request], smem["sin_smem"], ready)
             if weights and not norms_whole:
@@ -240,27 +243,49 @@ def _launch(
             """The partial result of this worker's tiles."""
             rows = plgpu.broadcasted_iota(jnp.int32, tile_shape, 0, layout=MATRIX)
 
+            def score(slot, place, tile):
+                """Of the positions that are at `place` in their rows of the cache."""
+                k_smem = smem["k_smem"].at[slot]
+                if pack > 1:
+                    k_smem = k_smem.at[:, pl.ds(place * width, width)]
+                scores = _product(k_smem, smem["q_smem"].T, tile_shape)
+                position = (rows + tile * POSITIONS) * pack + place
+                is_visible = position < new
+                if window is not None:
+                    is_visible = is_visible & (position >= oldest)
+                return jnp.where(is_visible, scores * (LOG2_E * width**-0.5), NOTHING)
+
+            def attended(slot, chunk):
+                """Values of 64 columns of the cache's rows, each times the probabilities of its place."""
+                columns, first = chunks[chunk], chunk * POSITIONS
+                v_smem, result = smem["v_tiles_smem"].at[slot, :, columns], None
+                for place in range(first // width, (first + POSITIONS - 1) // width + 1):
+                    product = _product(v_smem.T, smem["p_smem"].at[worker, place].T, tile_shape)
+                    is_before = rows + first < place * width
+                    result = product if result is None else jnp.where(is_before, result, product)
+                return result
+
             def attend(j, part):
                 m, l, *values = part
                 turn = j * workers + worker
                 slot = lax.rem(turn, stages)
                 plgpu.barrier_wait(smem["k_full"].at[slot])
-                scores = _product(smem["k_smem"].at[slot], smem["q_smem"].T, tile_shape)
-                position = rows + (begin + turn) * POSITIONS
-                is_visible = position < new
-                if window is not None:
-                    is_visible = is_visible & (position >= oldest)
-                scores = jnp.where(is_visible, scores * (LOG2_E * width**-0.5), NOTHING)
-                new_m = jnp.maximum(m, _to_rows(jnp.max(scores, axis=0), POSITIONS))
-                p, kept = jnp.exp2(scores - new_m), jnp.exp2(m - new_m)
-                p_smem = smem["p_smem"].at[worker]
-                p_smem.T[...] = plgpu.layout_cast(p.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                scores = [score(slot, place, begin + turn) for place in range(pack)]
+                most = functools.reduce(jnp.maximum, [jnp.max(each, axis=0) for each in scores])
+                new_m = jnp.maximum(m, _to_rows(most, POSITIONS))
+                kept, p = jnp.exp2(m - new_m), [jnp.exp2(each - new_m) for each in scores]
+                for place, each in enumerate(p):
+                    p_smem = smem["p_smem"].at[worker, place]
+                    p_smem.T[...] = plgpu.layout_cast(each.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
                 plgpu.commit_smem()
                 plgpu.barrier_wait(smem["v_full"].at[slot])
-                v_smems = [smem["v_tiles_smem"].at[slot, :, each] for each in chunks]
-                added = [_product(v_smem.T, p_smem.T, tile_shape) for v_smem in v_smems]
+                added = [attended(slot, chunk) for chunk in range(len(chunks))]
                 plgpu.barrier_arrive(smem["empty"].at[slot])
-                return new_m, l * kept + p, *(o * kept + more for o, more in zip(values, added, strict=True))
+                return (
+                    new_m,
+                    l * kept + functools.reduce(jnp.add, p),
+                    *(o * kept + more for o, more in zip(values, added, strict=True)),
+                )
 
             zeros = _zeros(*tile_shape)
             plgpu.barrier_wait(smem["q_ready"])
@@ -271,27 +296,38 @@ def _launch(
             """The partial result of the new position, which no tile holds."""
             scores = plgpu.load(smem["scores_smem"], layout=BY_COLUMN, optimized=False)
             values = []
-            for chunk in chunks:
+            rows = plgpu.broadcasted_iota(jnp.int32, tile_shape, 0, layout=MATRIX)
+            for n, chunk in enumerate(chunks):
                 v_smem = smem["v_smem"].at[chunk]
                 value = plgpu.load(v_smem, layout=BY_ROW, optimized=False).astype(jnp.float32)
                 if clip is not None:
                     (value,) = rounded([jnp.clip(value, -clip, clip)])
                     v_smem[...] = value.astype(dtype)
-                values.append(plgpu.layout_cast(lax.broadcast_in_dim(value, tile_shape, (0,)), MATRIX))
+                value = plgpu.layout_cast(lax.broadcast_in_dim(value, tile_shape, (0,)), MATRIX)
+                values.append(value if pack == 1 else jnp.where(rows + n * POSITIONS < width, value, 0.0))
             ones = _zeros(*tile_shape) + 1.0 / POSITIONS
             return _to_rows(scores, POSITIONS) * (LOG2_E * width**-0.5), ones, *values
 
         def finish(parts):
             _, l, *values = _merged(parts)
+            out_smem = smem["out_smem" if pack == 1 else "places_smem"]
             total = _to_rows(jnp.sum(l, axis=0), POSITIONS)
             for value, chunk in zip(values, chunks, strict=True):
-                out = plgpu.layout_cast((value / total).astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                smem["out_smem"].at[:, chunk].T[...] = out
+                out = (value / total).astype(out_smem.dtype)
+                out_smem.at[:, chunk].T[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+            if pack > 1:
+                plgpu.commit_smem()
+                places = [out_smem.at[:, pl.ds(n * width, width)] for n in range(pack)]
+                loaded = [plgpu.load(each, layout=_rows_layout(width), optimized=False) for each in places]
+                smem["out_smem"][...] = functools.reduce(jnp.add, loaded).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem["out_smem"].at[pl.ds(0, group)], out_gmem.at[pl.ds(head * group, group)])
-            position = positions_gmem[request]
-            plgpu.copy_smem_to_gmem(smem["k_rows_smem"].at[pl.ds(0, 1)], k_cache_gmem.at[head, pl.ds(position, 1)])
-            plgpu.copy_smem_to_gmem(smem["v_smem"], v_cache_gmem.at[head, position])
+            row, columns = positions_gmem[request] // pack, pl.ds(lax.rem(positions_gmem[request], pack) * width, width)
+            k_row_gmem, v_row_gmem = (
+                cache_gmem.at[head, pl.ds(row, 1), columns] for cache_gmem in (k_cache_gmem, v_cache_gmem)
+            )
+            plgpu.copy_smem_to_gmem(smem["k_rows_smem"].at[pl.ds(0, 1)], k_row_gmem)
+            plgpu.copy_smem_to_gmem(smem["v_smem"].at[pl.ds(0, width)], v_row_gmem.at[0])
             plgpu.wait_smem_to_gmem(0)
 
         def send(part):
@@ -332,16 +368,16 @@ def _launch(
                 pl.when(split == 0)(lambda: finish([_merged(parts), *load_parts("splits", splits - 1), new_token()]))
 
     scratch: dict[str, Any] = dict(
-        k_smem=plgpu.SMEM((stages, POSITIONS, width), dtype),
-        v_tiles_smem=plgpu.SMEM((stages, POSITIONS, width), dtype),
+        k_smem=plgpu.SMEM((stages, POSITIONS, pack * width), dtype),
+        v_tiles_smem=plgpu.SMEM((stages, POSITIONS, pack * width), dtype),
         q_rows_smem=plgpu.SMEM((queries, width), dtype),
         k_raw_smem=plgpu.SMEM((width,), dtype),
         k_rows_smem=plgpu.SMEM((queries, width), dtype),
-        v_smem=plgpu.SMEM((width,), dtype),
+        v_smem=plgpu.SMEM((pack * width,), dtype),
         cos_smem=plgpu.SMEM((half,), jnp.float32),
         sin_smem=plgpu.SMEM((half,), jnp.float32),
         q_smem=plgpu.SMEM((queries, width), dtype),
-        p_smem=plgpu.SMEM((workers, queries, POSITIONS), dtype),
+        p_smem=plgpu.SMEM((workers, pack, queries, POSITIONS), dtype),
         scores_smem=plgpu.SMEM((queries,), jnp.float32),
         out_smem=plgpu.SMEM((queries, width), dtype),
         rows_full=plgpu.Barrier(num_arrivals=5 + len(weights) * (2 if norms_whole else 1)),
@@ -350,6 +386,8 @@ def _launch(
         v_full=plgpu.Barrier(num_barriers=stages),
         empty=plgpu.Barrier(num_barriers=stages),
     )
+    if pack > 1:
+        scratch["places_smem"] = plgpu.SMEM((queries, pack * width), jnp.float32)
     if norms_whole:
         scratch["q_weight_smem"] = plgpu.SMEM((queries, width), weights[0].dtype)
         scratch["k_weight_smem"] = plgpu.SMEM((width,), weights[1].dtype)
@@ -379,6 +417,11 @@ def _launch(
         compiler_params=COMPILER,
         **cluster,
     )(q_XH, k_XH, v_XH, cos_BR, sin_BR, positions_B, k_ref, v_ref, *weights)
+
+
+def _pack(width: int) -> int:
+    """Positions in a row of the cache as the kernel sees it: `wgmma` wants 64 columns of values at a time."""
+    return math.lcm(width, POSITIONS) // width
 
 
 def _rows_layout(columns: int):
@@ -415,7 +458,8 @@ def default_settings(q_BQ, k_BKSH, *, window: int | None, num_sms: int) -> dict[
     """Enough parts of a head to occupy the GPU, if there are positions for them; two blocks on a multiprocessor if need be."""
     batch, kv_heads, capacity, width = k_BKSH.shape
     group = q_BQ.shape[1] // (kv_heads * width)
-    tiles = pl.cdiv(capacity if window is None else min(capacity, window + POSITIONS), POSITIONS)
+    rows = POSITIONS * _pack(width)
+    tiles = pl.cdiv(capacity if window is None else min(capacity, window + rows), rows)
     heads, splits = batch * kv_heads, 1
     while 2 * splits <= MOST_SPLITS and 2 * splits * heads <= num_sms and 2 * splits * MOST_WORKERS <= tiles:
         splits *= 2
@@ -427,11 +471,11 @@ def default_settings(q_BQ, k_BKSH, *, window: int | None, num_sms: int) -> dict[
 
 def _settings(group: int, width: int, *, splits: int, workers: int, resident: int, tiles: int) -> dict[str, int]:
     """With a ring that fills a block's share of shared memory, if there is use for it."""
-    queries = pl.cdiv(group, 8) * 8
-    parts_bytes = (workers + splits - 2) * (width + 2 * POSITIONS) * queries * 4
-    rows_bytes = queries * (8 * width + 2 * workers * POSITIONS) + 16 * width
+    queries, pack = pl.cdiv(group, 8) * 8, _pack(width)
+    parts_bytes = (workers + splits - 2) * (pack * width + 2 * POSITIONS) * queries * 4
+    rows_bytes = queries * pack * (8 * width + 2 * workers * POSITIONS) + 16 * width
     share_bytes = SHARED_MEMORY_BYTES // resident - parts_bytes - rows_bytes - (12 << 10)
-    stages = max(1, min(tiles, share_bytes // (4 * POSITIONS * width)))
+    stages = max(1, min(tiles, share_bytes // (4 * POSITIONS * pack * width)))
     return dict(splits=splits, workers=min(workers, stages), stages=stages)
 
 
@@ -449,13 +493,14 @@ def _supports(
         if array.dtype != jnp.bfloat16:
             return f"it multiplies bfloat16, and {name} is {array.dtype}"
     _, kv_heads, capacity, width = k_BKSH.shape
-    if width not in (64, 128, 256):
-        return f"its heads are 64, 128 or 256 wide, and these {width}"
+    if width not in WIDTHS:
+        return f"its heads are {', '.join(map(str, WIDTHS))} wide, and these {width}"
     group = q_BQ.shape[1] // (kv_heads * width)
     if group > MOST_QUERIES:
         return f"it keeps up to {MOST_QUERIES} query heads of a key/value head in a tile, and there are {group}"
-    if capacity % 8:
-        return f"it reads rows of the cache by eights, and there are {capacity} positions"
+    if capacity % (8 * _pack(width)):
+        multiple = 8 * _pack(width)
+        return f"it reads the cache by {multiple} positions, and there are {capacity}"
     return None
 
 
