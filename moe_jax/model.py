@@ -84,7 +84,7 @@ def load(
     family, config, graph, shapes = _prepared(hf_config, str(path_or_id), dtype, mesh, strategy)
     loaded = load_parameters(directory, shapes, family.rules(config), check_finite=check_finite)
     return Model(
-        module=_merged(graph, loaded),
+        module=merged(graph, loaded),
         config=config,
         hf_config=hf_config,
         tokenizer=Tokenizer(directory) if Tokenizer.is_in(directory) else None,
@@ -107,7 +107,7 @@ def load_orbax(
     _, config, graph, shapes = _prepared(hf_config, str(directory), dtype, mesh, strategy)
     loaded = orbax.load_orbax(directory / PARAMETERS, shapes)
     return Model(
-        module=_merged(graph, loaded),
+        module=merged(graph, loaded),
         config=config,
         hf_config=hf_config,
         tokenizer=Tokenizer(directory) if Tokenizer.is_in(directory) else None,
@@ -162,17 +162,18 @@ def abstract_parameters(
     return (graphdef, state), abstract
 
 
-def _named(state: Any) -> dict[str, Any]:
-    return {".".join(str(part) for part in path): variable for path, variable in nnx.to_flat_state(state)}
-
-
-def _merged(graph: tuple[Any, Any], loaded: Mapping[str, jax.Array]) -> nnx.Module:
+def merged(graph: tuple[Any, Any], loaded: Mapping[str, jax.Array]) -> nnx.Module:
+    """A graph's module with its parameters by dotted path."""
     graphdef, state = graph
     flat = [
         (path, variable.replace(loaded[".".join(str(part) for part in path)]))
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _named(state: Any) -> dict[str, Any]:
+    return {".".join(str(part) for part in path): variable for path, variable in nnx.to_flat_state(state)}
 
 
 def _check_placement(dtype: str, mesh: Mesh | str | None, strategy: str | None) -> None:
