@@ -1,4 +1,4 @@
-"""The collectives of one MoE layer, by formula: what the traced and compiled programs are held against.
+"""The collectives of one MoE layer, by formula: what traced and compiled programs are held against, and predictions use.
 
 N = ep x tp devices share one copy of the experts; `dp` copies serve different requests. T tokens enter a copy in a step.
 """
@@ -18,28 +18,11 @@ from sharding.account import (
     local_devices,
     mesh_groups,
 )
+from sharding.axes import Axes
+from sharding.expert_parallel import capacity
+from sharding.strategies import STRATEGIES, Strategy
 
-ROUTING_BYTES = 4  # of a weight (float32) or an expert's number (int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """How one strategy places experts and tokens. `experts` and `columns`: axes that split E and F."""
-
-    experts: tuple[str, ...]
-    columns: tuple[str, ...]
-    is_sharded: bool  # every device has tokens of its own
-
-
-SCHEMES = {
-    "tp": Scheme((), ("ep", "tp"), is_sharded=False),
-    "ep_psum": Scheme(("ep", "tp"), (), is_sharded=False),
-    "eptp_psum": Scheme(("ep",), ("tp",), is_sharded=False),
-    "ep_agrs": Scheme(("ep", "tp"), (), is_sharded=True),
-    "ep_a2a": Scheme(("ep", "tp"), (), is_sharded=True),
-    "ep_ragged": Scheme(("ep", "tp"), (), is_sharded=True),
-    "eptp_dp": Scheme(("ep",), ("tp",), is_sharded=True),
-}
+CHOICE_BYTES = 4  # an expert's number (int32), or its weight (float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +35,20 @@ class Split:
     tp: int = 1
     attention: str = "dp"
 
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"expected strategy to be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.attention not in ("dp", "tp"):
+            raise ValueError(f'expected attention to be "dp" or "tp", got {self.attention!r}')
+
+    @property
+    def row(self) -> Strategy:
+        return STRATEGIES[self.strategy]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"dp": self.dp, "ep": self.ep, "tp": self.tp}
+
     @property
     def devices(self) -> int:
         return self.dp * self.ep * self.tp
@@ -62,35 +59,32 @@ class Split:
         return self.ep * self.tp
 
     @property
-    def sizes(self) -> dict[str, int]:
-        return {"dp": self.dp, "ep": self.ep, "tp": self.tp}
-
-    @property
-    def scheme(self) -> Scheme:
-        return SCHEMES[self.strategy]
-
-    @property
     def expert_parts(self) -> int:
-        return math.prod(self.sizes[axis] for axis in self.scheme.experts)
+        return self.size(self.row.experts)
 
     @property
     def column_parts(self) -> int:
-        return math.prod(self.sizes[axis] for axis in self.scheme.columns)
+        return self.size(self.row.expert_mlp)
 
-    def name(self) -> str:
-        parts = [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1]
-        return f"{self.strategy} {','.join(parts) or 'one device'}"
+    @property
+    def attention_parts(self) -> int:
+        return self.copy_devices if self.attention == "tp" else 1
 
+    def size(self, axes: Axes) -> int:
+        return math.prod(self.sizes[axis] for axis in axes)
+
+    @property
+    def mesh(self) -> str:
+        """As `load(mesh=...)` takes it."""
+        return ",".join(f"{axis}={size}" for axis, size in self.sizes.items() if size > 1) or "ep=1"
+
+    @property
     def tensorrt_name(self) -> str:
-        """What TensorRT-LLM would call it: attention (D or T), then TP and EP of the experts."""
-        head = self.attention[0].upper()
-        tp, ep = self.column_parts, self.expert_parts
-        return head + (f"TP{tp}" if tp > 1 or ep == 1 else "") + (f"EP{ep}" if ep > 1 else "")
-
-
-def capacity(tokens: int, experts: int, active: int, factor: float | None) -> int:
-    """Rows that a device may send to one expert: `factor` times an even share, at least 1; all its tokens when None."""
-    return tokens if factor is None else min(tokens, max(1, math.ceil(tokens * active * factor / experts)))
+        """TensorRT-LLM's letters: D or T for the attention, then how the experts are split. DTP4EP8, TEP8."""
+        experts = (f"TP{self.column_parts}" if self.column_parts > 1 else "") + (
+            f"EP{self.expert_parts}" if self.expert_parts > 1 else ""
+        )
+        return self.attention[0].upper() + (experts or "P1")
 
 
 def moe_collectives(
@@ -98,55 +92,52 @@ def moe_collectives(
     *,
     tokens: int,
     width: int,
-    experts: int,
     active: int,
     capacity_factor: float | None = None,
     item_bytes: int = 2,
     devices_per_node: int = 8,
 ) -> tuple[Collective, ...]:
-    """The collectives of one MoE layer in one copy, for `tokens` tokens of that copy.
+    """The collectives of one MoE layer in one copy, for `tokens` tokens of that copy, buffers at their static sizes."""
+    both: Axes = ("ep", "tp")
+    own = tokens // split.size(split.row.tokens)
+    row_bytes, choices_bytes = width * item_bytes, active * CHOICE_BYTES
 
-    Raises:
-      ValueError: an unknown strategy.
-    """
-    if split.strategy not in SCHEMES:
-        raise ValueError(f"expected strategy to be one of {', '.join(SCHEMES)}, got {split.strategy!r}")
-    both, own = ("ep", "tp"), tokens // split.copy_devices
-    row_bytes = width * item_bytes
-    all_bytes, own_bytes = tokens * row_bytes, own * row_bytes
-
-    def one(kind: str, axes: tuple[str, ...], in_bytes: float, out_bytes: float) -> Collective:
+    def one(kind: str, axes: Axes, in_bytes: float, out_bytes: float) -> Collective:
         groups = mesh_groups(split.sizes, axes)
         return Collective(kind, groups.shape[1], local_devices(groups, devices_per_node), in_bytes, out_bytes)
 
-    def exchange(axes: tuple[str, ...]) -> Collective:
-        sent = experts * capacity(own, experts, active, capacity_factor) * row_bytes
-        return one(ALL_TO_ALL, axes, sent, sent)
+    def gather(axes: Axes, in_bytes: float) -> Collective:
+        return one(ALL_GATHER, axes, in_bytes, split.size(axes) * in_bytes)
 
-    if split.strategy in ("tp", "ep_psum", "eptp_psum"):
-        found = [one(ALL_REDUCE, both, all_bytes, all_bytes)]
-    elif split.strategy == "ep_agrs":
-        routing = active * ROUTING_BYTES
+    def scatter(axes: Axes, out_bytes: float) -> Collective:
+        return one(REDUCE_SCATTER, axes, split.size(axes) * out_bytes, out_bytes)
+
+    def exchange(axes: Axes, sent_bytes: float) -> Collective:
+        return one(ALL_TO_ALL, axes, sent_bytes, sent_bytes)
+
+    name = split.row.exchange.__name__
+    if name == "all_reduce":
+        found = [one(ALL_REDUCE, (*split.row.experts, *split.row.expert_mlp), tokens * row_bytes, tokens * row_bytes)]
+    elif name == "gather_scatter":
         found = [
-            one(ALL_GATHER, both, own_bytes, all_bytes),
-            *[one(ALL_GATHER, both, own * routing, tokens * routing)] * 2,  # weights and numbers
-            one(REDUCE_SCATTER, both, all_bytes, own_bytes),
+            gather(both, own * row_bytes),
+            *[gather(both, own * choices_bytes)] * 2,
+            scatter(both, own * row_bytes),
         ]
-    elif split.strategy == "ep_a2a":
-        found = [exchange(both)] * 2
-    elif split.strategy == "ep_ragged":
-        counts, rows = experts * ROUTING_BYTES, own * active * row_bytes
-        found = [
-            one(ALL_GATHER, both, counts, split.copy_devices * counts),
-            *[one(RAGGED_ALL_TO_ALL, both, rows, rows)] * 2,
-        ]
+    elif name == "ragged_all_to_all":
+        sent = own * min(active, split.copy_devices) * row_bytes
+        ragged = one(RAGGED_ALL_TO_ALL, both, sent, sent)
+        found = [*[gather(both, own * choices_bytes)] * 2, ragged, ragged]
     else:
-        over_ep = exchange(("ep",))
-        inside = over_ep.in_bytes
-        found = [
-            over_ep,
-            one(ALL_GATHER, ("tp",), inside, split.tp * inside),
-            one(REDUCE_SCATTER, ("tp",), split.tp * inside, inside),
-            over_ep,
-        ]
+        ep, tp = split.row.experts, split.row.expert_mlp
+        parts = split.size(ep)
+        rows = parts * capacity(own, active, devices=parts, factor=capacity_factor)
+        packed = (rows * row_bytes, rows * choices_bytes, rows * choices_bytes)
+        found = [exchange(ep, sent) for sent in packed] + [gather(tp, sent) for sent in packed]
+        found += [scatter(tp, rows * row_bytes), exchange(ep, rows * row_bytes)]
     return tuple(collective for collective in found if collective.devices > 1)
+
+
+def mean_visits(active: int, devices: int) -> float:
+    """How many devices a token's experts are on, on average, under uniform routing. Example: 8 choices, 8 devices: 5.25."""
+    return devices * (1 - (1 - 1 / devices) ** active)
