@@ -2,3 +2,9 @@
 
 DIMENSIONS = ("experts", "expert_mlp", "mlp", "embed", "q_heads", "kv_heads", "vocab")
 MESH_AXES = ("dp", "ep", "tp")
+
+Axes = tuple[str, ...]
+NONE: Axes = ()
+EP: Axes = ("ep",)
+TP: Axes = ("tp",)
+EP_TP: Axes = ("ep", "tp")
