@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 import sharding
 from moe_jax import memory, models
 from moe_jax.checkpoints import hub, load_parameters, orbax, save_parameters
+from moe_jax.layers.moe import MoE
 from moe_jax.tokenizer import Tokenizer
 
 BUNDLED = {"shakespeare": Path(__file__).parent / "bundled" / "shakespeare"}
-PARAMETERS = "parameters"  # the folder of an Orbax checkpoint beside the tokenizer
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What `load` returns. `module` is a Flax NNX module; `stop_token_ids` end a generation; `hf_config` is the config.json."""
+    """What `load` returns.
+
+    `module` is a Flax NNX module; `stop_token_ids` end a generation; `hf_config` is the config.json.
+
+    `layout` says how it lies over several devices; None on one.
+    """
 
     module: Any
     config: Any
@@ -35,6 +40,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     stop_token_ids: tuple[int, ...] = ()
     name: str = ""
+    layout: sharding.Layout | None = None
 
     @property
     def model_type(self) -> str:
@@ -55,7 +61,13 @@ class Model:
 
     @property
     def num_parameters(self) -> int:
-        return sum(leaf.size for leaf in parameters(self.module).values())
+        family = models.family_of(dict(self.hf_config))
+        _, abstract = abstract_parameters(family, self.config, dtype="float32")
+        return sum(leaf.size for leaf, _ in abstract.values())
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Trace and run the model's programs inside: on one device it does nothing."""
+        return contextlib.nullcontext() if self.layout is None else jax.set_mesh(self.layout.mesh)
 
 
 def load(
@@ -64,6 +76,8 @@ def load(
     dtype: str = "bfloat16",
     mesh: Mesh | str | None = None,
     strategy: str | None = None,
+    attention: str | None = None,
+    capacity_factor: float | None = None,
     check_finite: bool = False,
 ) -> Model:
     """Loads a Hugging Face checkpoint: a local directory, a hub id, or "shakespeare", which comes with the package.
@@ -71,53 +85,53 @@ def load(
     Args:
       dtype: type of parameters and activations: "float32", "bfloat16" or "float16". Routing, softmax and norms are float32.
       mesh: devices to split the model over, e.g. "ep=4,tp=2"; None for one device.
-      strategy: how to split, one of `sharding.STRATEGIES`; "eptp" when a mesh is given.
+      strategy: how tokens meet experts, one of `sharding.STRATEGIES`, or two for prefill and decode, "ep_agrs/ep_psum";
+        "eptp_psum" when a mesh is given. Experts that the devices do not divide are filled up with empty ones.
+      attention: "tp" splits everything but the experts by heads and widths, "dp" by requests; by default "dp" where the
+        strategy of decoding splits tokens.
+      capacity_factor: lets `ep_a2a` and `eptp_dp` send at most this times an even share of the choices to each device; what
+        is over is dropped, and its routing shows expert -1. None drops nothing.
       check_finite: also refuse NaN and infinite weights.
 
     Raises:
       ValueError: the architecture is unknown, its config asks for something unsupported, or the files do not hold exactly the
-        model's tensors (everything wrong in one message).
+        model's tensors (everything wrong in one message); or the mesh does not divide the model.
     """
-    _check_placement(dtype, mesh, strategy)
+    layout = _layout(mesh, strategy=strategy, attention=attention, capacity_factor=capacity_factor)
     directory = BUNDLED.get(str(path_or_id)) or hub.resolve(path_or_id)
     hf_config = _read_json(directory / "config.json")
-    family, config, graph, shapes = _prepared(hf_config, str(path_or_id), dtype, mesh, strategy)
-    loaded = load_parameters(directory, shapes, family.rules(config), check_finite=check_finite)
-    return Model(
-        module=merged(graph, loaded),
-        config=config,
-        hf_config=hf_config,
-        tokenizer=Tokenizer(directory) if Tokenizer.is_in(directory) else None,
-        stop_token_ids=_stop_token_ids(directory, config),
-        name=str(path_or_id),
-    )
+    plan = _planned(hf_config, str(path_or_id), dtype, layout)
+    rules = plan.family.rules(plan.config)
+    loaded = load_parameters(directory, plan.to_load, rules, check_finite=check_finite)
+    return _ready(plan, loaded, directory, hf_config, str(path_or_id))
 
 
 def load_orbax(
-    directory: str | Path, *, dtype: str = "bfloat16", mesh: Mesh | str | None = None, strategy: str | None = None
+    directory: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | str | None = None,
+    strategy: str | None = None,
+    attention: str | None = None,
+    capacity_factor: float | None = None,
 ) -> Model:
     """Loads what `save_orbax` wrote, placed as asked for here, whatever mesh it was saved from; arguments are those of `load`.
 
     Raises:
       ValueError: as `load`.
     """
-    _check_placement(dtype, mesh, strategy)
+    layout = _layout(mesh, strategy=strategy, attention=attention, capacity_factor=capacity_factor)
     directory = Path(directory)
-    hf_config = orbax.read_orbax_config(directory / PARAMETERS)
-    _, config, graph, shapes = _prepared(hf_config, str(directory), dtype, mesh, strategy)
-    loaded = orbax.load_orbax(directory / PARAMETERS, shapes)
-    return Model(
-        module=merged(graph, loaded),
-        config=config,
-        hf_config=hf_config,
-        tokenizer=Tokenizer(directory) if Tokenizer.is_in(directory) else None,
-        stop_token_ids=_stop_token_ids(directory, config),
-        name=str(directory),
-    )
+    hf_config = orbax.read_orbax_config(directory)
+    plan = _planned(hf_config, str(directory), dtype, layout)
+    loaded = orbax.load_orbax(directory, plan.to_load)
+    return _ready(plan, loaded, directory, hf_config, str(directory))
 
 
-def save(model: Model, directory: str | Path) -> None:
+def save(model: Model, directory: str | Path, *, overwrite: bool = False) -> None:
     """Writes a Hugging Face checkpoint (config, safetensors, tokenizer) that transformers loads.
+
+    Appears when it is complete. `overwrite` replaces what is in the directory, all of it.
 
     Raises:
       ValueError: the directory exists and is not empty.
@@ -127,20 +141,32 @@ def save(model: Model, directory: str | Path) -> None:
     config = dict(model.hf_config)
     config["dtype"] = str(next(iter(stored.values())).dtype)
     config.pop("torch_dtype", None)
-    tokenizer_files = model.tokenizer.files() if model.tokenizer else ()
-    save_parameters(Path(directory), stored, family.rules(model.config), config=config, tokenizer_files=tokenizer_files)
+    save_parameters(
+        Path(directory),
+        stored,
+        family.rules(model.config),
+        config=config,
+        tokenizer_files=model.tokenizer.files() if model.tokenizer else (),
+        overwrite=overwrite,
+    )
 
 
-def save_orbax(model: Model, directory: str | Path) -> None:
+def save_orbax(model: Model, directory: str | Path, *, overwrite: bool = False) -> None:
     """Writes an Orbax checkpoint, each device's shards as they lie, and the tokenizer beside it.
 
+    Appears when it is complete: a save that is killed leaves what was there before. `overwrite` replaces what is in the
+    directory, all of it. Where several processes hold the model, all of them call this.
+
     Raises:
-      ValueError: there is a checkpoint already.
+      ValueError: the directory exists and is not empty.
     """
-    directory = Path(directory)
-    orbax.save_orbax(directory / PARAMETERS, parameters(model.module), dict(model.hf_config))
-    for file in model.tokenizer.files() if model.tokenizer else ():
-        shutil.copyfile(file, directory / file.name)
+    orbax.save_orbax(
+        directory,
+        parameters(model.module),
+        dict(model.hf_config),
+        tokenizer_files=model.tokenizer.files() if model.tokenizer else (),
+        overwrite=overwrite,
+    )
 
 
 def parameters(module: nnx.Module) -> dict[str, jax.Array]:
@@ -176,36 +202,93 @@ def _named(state: Any) -> dict[str, Any]:
     return {".".join(str(part) for part in path): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def _check_placement(dtype: str, mesh: Mesh | str | None, strategy: str | None) -> None:
+def _layout(mesh: Mesh | str | None, **choices: Any) -> sharding.Layout | None:
+    given = [f"{name}={value!r}" for name, value in choices.items() if value is not None]
+    if mesh is None:
+        if given:
+            raise ValueError(f'expected a mesh beside {", ".join(given)}, got mesh=None: pass for example mesh="ep=2"')
+        return None
+    return sharding.plan_layout(sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh, **choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A model that is about to be loaded: what to load, where, and the graph to put it in.
+
+    `places` is None where one device holds everything.
+    """
+
+    family: Any
+    config: Any
+    graph: tuple[Any, Any]
+    layout: sharding.Layout | None
+    places: Mapping[str, sharding.Placement] | None
+    to_load: Mapping[str, jax.ShapeDtypeStruct]
+
+    def module(self, loaded: dict[str, jax.Array]) -> nnx.Module:
+        """The model of what was loaded; `loaded` is emptied on the way, so that nothing is there twice."""
+        if self.layout is None or self.places is None:
+            return merged(self.graph, loaded)
+        filled_up = {path: place.filled_up(loaded.pop(path)) for path, place in self.places.items()}
+        module = merged(self.graph, filled_up)
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, MoE):
+                part.exchange = self.layout.exchange()
+        return module
+
+
+def _planned(hf_config: dict[str, Any], name: str, dtype: str, layout: sharding.Layout | None) -> _Plan:
+    """Refuses what is not supported, is not divided by the mesh, or does not fit."""
     if dtype not in DTYPES:
         raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if strategy is not None and mesh is None:
-        raise ValueError(f'expected a mesh beside strategy={strategy!r}, got mesh=None: pass for example mesh="ep=2"')
-
-
-def _prepared(hf_config: dict[str, Any], name: str, dtype: str, mesh: Mesh | str | None, strategy: str | None):
-    """The family, its config, the model's graph, and every parameter's shape and place; refuses what does not fit."""
     family = models.family_of(hf_config)
     config = family.Config.from_hf(hf_config)
     graph, abstract = abstract_parameters(family, config, dtype=dtype)
-    if mesh is not None:
-        mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
-        abstract = _placed(abstract, mesh, strategy or "eptp")
-    shapes = {path: leaf for path, (leaf, _) in abstract.items()}
-    memory.require(
-        shapes.values(),
-        what=f"{name} in {dtype}",
-        remedy='use dtype="bfloat16", or split it over more devices with mesh="ep=2"',
+    where: Any = None
+    if layout is not None and layout.mesh.size == 1:
+        # One device: nothing is exchanged, and nothing distinguishes it from a model without a mesh.
+        where, layout = SingleDeviceSharding(layout.mesh.devices.flat[0]), None
+    places = None if layout is None else _places(layout, abstract)
+    to_load = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path].loading if places else where)
+        for path, (leaf, _) in abstract.items()
+    }
+    kept = [
+        jax.ShapeDtypeStruct(places[path].padded_shape, leaf.dtype, sharding=places[path].sharding) if places else leaf
+        for path, leaf in to_load.items()
+    ]
+    remedy = 'use dtype="bfloat16", or split it over more devices with mesh="ep=2"'
+    memory.require(kept, what=f"{name} in {dtype}", remedy=remedy)
+    return _Plan(family, config, graph, layout, places, to_load)
+
+
+def _ready(
+    plan: _Plan, loaded: dict[str, jax.Array], directory: Path, hf_config: Mapping[str, Any], name: str
+) -> Model:
+    return Model(
+        module=plan.module(loaded),
+        config=plan.config,
+        hf_config=hf_config,
+        tokenizer=Tokenizer(directory) if Tokenizer.is_in(directory) else None,
+        stop_token_ids=_stop_token_ids(directory, plan.config),
+        name=name,
+        layout=plan.layout,
     )
-    return family, config, graph, shapes
 
 
-def _placed(abstract, mesh: Mesh, strategy: str):
-    placed = {}
-    for name, (leaf, dimensions) in abstract.items():
-        where = sharding.placement(dimensions, leaf.shape, mesh=mesh, strategy=strategy, name=name)
-        placed[name] = (jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), dimensions)
-    return placed
+def _stored(model: Model) -> dict[str, jax.Array]:
+    """A model's parameters as checkpoints have them: without the empty experts that a mesh asked for."""
+    stored = parameters(model.module)
+    if model.layout is None:
+        return stored
+    dtype = str(next(iter(stored.values())).dtype)
+    _, abstract = abstract_parameters(models.family_of(dict(model.hf_config)), model.config, dtype=dtype)
+    places = _places(model.layout, abstract)
+    return {path: places[path].cut_back(values) for path, values in stored.items()}
+
+
+def _places(layout: sharding.Layout, abstract) -> dict[str, sharding.Placement]:
+    return {name: layout.placement(name, dimensions, leaf.shape) for name, (leaf, dimensions) in abstract.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ FIRST_STEP = 32  # steps before it are not counted in the time per token
 class GenerateProgram:
     """Prefill and decoding of one batch, compiled. How many tokens it makes is an input, up to `batch.new_bucket`.
 
-    `compile_s` is tracing, lowering and compiling; `temporary_bytes` is device memory beside parameters and cache.
+    One for a single new token only prefills. `compile_s` is tracing, lowering and compiling; `temporary_bytes` is device memory beside parameters and cache.
     """
 
     batch: Batch
@@ -47,7 +47,8 @@ class GenerateProgram:
         """Seconds of prefill and `tokens` new tokens of each request, and the state after them. Uses up the cache."""
         batch = self.batch
         begin_s = time.perf_counter()
-        state, _ = self.compiled(tuple(leaves), cache, batch.tokens_BT, batch.lengths_B, batch.inputs, np.int32(tokens))
+        limit = (np.int32(tokens),) if batch.max_new_tokens > 1 else ()
+        state, _ = self.compiled(tuple(leaves), cache, batch.tokens_BT, batch.lengths_B, batch.inputs, *limit)
         jax.block_until_ready(state)
         return time.perf_counter() - begin_s, state
 
@@ -83,8 +84,11 @@ def lower_generate(
     inputs = checked(model, [row.tolist() for row in prompts], new_tokens, None, (), ())
     leaves, programs = compiled_for(model, inputs.filters, record or Record())
     cache = jax.eval_shape(functools.partial(programs.empty_cache, leaves, batch=batch, capacity=inputs.capacity))
-    arguments = (leaves, cache, inputs.tokens_BT, inputs.lengths_B, inputs.inputs, np.int32(1))
-    lowered = programs.generate.lower(*arguments, new_bucket=inputs.new_bucket)
+    arguments = (leaves, cache, inputs.tokens_BT, inputs.lengths_B, inputs.inputs)
+    if new_tokens == 1:
+        lowered = programs.prefill.lower(*arguments, new_bucket=inputs.new_bucket)
+    else:
+        lowered = programs.generate.lower(*arguments, np.int32(1), new_bucket=inputs.new_bucket)
     return Lowered(inputs, lowered, programs.empty_cache, time.perf_counter() - begin_s)
 
 
@@ -201,6 +205,7 @@ def prefill_floor_ms(hf_config: Mapping[str, Any], sizes: Sizes, *, batch: int, 
     return 1e3 * max(flops / timing.BF16_FLOPS_PER_S, (sizes.rest + sizes.experts) / timing.READ_BYTES_PER_S)
 
 
+OTHER = "other"
 # Which operator a kernel belongs to, by the function names of its stack: the first pattern that one of them matches,
 # from the innermost function outwards.
 OPERATORS: tuple[tuple[str, str], ...] = (
@@ -226,7 +231,7 @@ class Instruction:
 
 
 def instructions(hlo: str) -> dict[str, Instruction]:
-    """Every instruction of a compiled module's text by name, with its origin; a fusion without one has its root's."""
+    """Every instruction of a compiled module's text by name, with its origin; of a fusion that has none, its last known part's."""
     frames = _stacks(hlo)
     found: dict[str, Instruction] = {}
     bodies: dict[str, list[Instruction]] = {}
@@ -245,8 +250,9 @@ def instructions(hlo: str) -> dict[str, Instruction]:
             if called := re.search(r"calls=%?([\w.-]+)", line):
                 calls[named[1]] = called[1]
     for name, called in calls.items():
-        if not found[name].functions and bodies.get(called):
-            found[name] = bodies[called][-1]
+        known = [origin for origin in bodies.get(called, ()) if operator_of(origin) != OTHER]
+        if known and operator_of(found[name]) == OTHER:
+            found[name] = known[-1]
     return found
 
 
@@ -271,12 +277,12 @@ def _stacks(hlo: str) -> dict[int, tuple[str, ...]]:
 
 
 def operator_of(origin: Instruction) -> str:
-    """The operator that an instruction belongs to; "other" where no function of its stack is known."""
+    """The operator that an instruction belongs to, `OTHER` where no function of its stack is known."""
     for name in (*re.findall(r"\w+", origin.op_name)[::-1][:3], *reversed(origin.functions)):
         for pattern, operator in OPERATORS:
             if re.search(pattern, name):
                 return operator
-    return "other"
+    return OTHER
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,7 +48,7 @@ def by_operator(kernels: list[Any], origins: dict[str, Any]) -> tuple[dict[str, 
     rows = []
     for kernel in sorted(kernels, key=lambda each: -each.total_us):
         origin = origins.get(kernel.instruction)
-        operator = profiling.operator_of(origin) if origin else "other"
+        operator = profiling.operator_of(origin) if origin else profiling.OTHER
         totals[operator] = totals.get(operator, 0.0) + kernel.total_us
         rows.append([kernel.instruction, kernel.kernel[:60], operator, kernel.calls, round(kernel.total_us, 2)])
     return dict(sorted(totals.items(), key=lambda each: -each[1])), rows

@@ -1,42 +1,82 @@
-"""Orbax checkpoints: parameters as they are, for training and for other meshes. Only this file imports orbax."""
+"""Orbax checkpoints: parameters as they are, for training and for other meshes. Only this file imports orbax.
+
+A directory with the parameters in a folder of their own, and the tokenizer's files beside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.checkpoints.errors import CheckpointError
+from moe_jax.checkpoints.save import replaced
+
+PARAMETERS = "parameters"
 
 
-def save_orbax(path: str | Path, parameters: Mapping[str, jax.Array], config: Mapping[str, Any]) -> None:
-    """Saves parameters by path, each device's shards as they lie, with the contents of `config.json` alongside.
+def save_orbax(
+    directory: str | Path,
+    parameters: Mapping[str, jax.Array],
+    config: Mapping[str, Any],
+    *,
+    tokenizer_files: Sequence[str | Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Saves parameters by path, each device's shards as they lie, with the contents of `config.json`.
+
+    Appears under its name when it is complete: a run that is killed leaves nothing there, or what was there before.
+    Where several processes hold the parameters, all of them call this, with one file system.
+
+    Args:
+      tokenizer_files: copied beside the parameters.
+      overwrite: replace what is in the directory; everything in it goes.
 
     Raises:
-      ValueError: there is a checkpoint already.
+      ValueError: the directory is not empty.
     """
-    path = Path(path).absolute()
-    if path.exists():
-        raise ValueError(f"expected {path} not to exist yet, got a path that does: choose another name")
-    ocp.save(path, dict(parameters), custom_metadata=dict(config))
+    is_primary = jax.process_index() == 0
+    with replaced(Path(directory), overwrite=overwrite, is_primary=is_primary) as target:
+        _wait_for_all("moe_jax.save_orbax: directory made")
+        ocp.save(target / PARAMETERS, dict(parameters), custom_metadata=dict(config))
+        for file in map(Path, tokenizer_files if is_primary else ()):
+            shutil.copyfile(file, target / file.name)
+    _wait_for_all("moe_jax.save_orbax: done")
 
 
-def read_orbax_config(path: str | Path) -> dict[str, Any]:
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def is_orbax(directory: str | Path) -> bool:
+    """Whether `save_orbax` wrote it."""
+    return (Path(directory) / PARAMETERS).is_dir()
+
+
+def read_orbax_config(directory: str | Path) -> dict[str, Any]:
     """The config that was saved with the parameters."""
-    return dict(_metadata(path).custom_metadata or {})
+    return dict(_metadata(directory).custom_metadata or {})
 
 
-def load_orbax(path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+def read_orbax_dtypes(directory: str | Path) -> set[str]:
+    """The parameters' dtypes, by name."""
+    return {str(leaf.dtype) for leaf in _metadata(directory).metadata.values()}
+
+
+def load_orbax(directory: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """Loads exactly the parameters of `abstract`, with its dtypes and shardings, whatever they were saved with.
 
     Raises:
       CheckpointError: the checkpoint holds other parameters or shapes (all of them listed).
     """
-    saved = _metadata(path).metadata
+    saved = _metadata(directory).metadata
     problems = {
         "missing": [f"{name} {list(leaf.shape)}" for name, leaf in abstract.items() if name not in saved],
         "extra": [f"{name} {list(leaf.shape)}" for name, leaf in saved.items() if name not in abstract],
@@ -47,17 +87,17 @@ def load_orbax(path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct]) -
         ],
     }
     if any(problems.values()):
-        raise CheckpointError(f"{path} does not hold exactly this model's parameters", problems)
+        raise CheckpointError(f"{directory} does not hold exactly this model's parameters", problems)
     here = SingleDeviceSharding(jax.devices()[0])
     placed = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
         for name, leaf in abstract.items()
     }
-    return ocp.load(Path(path).absolute(), placed)
+    return ocp.load(Path(directory).absolute() / PARAMETERS, placed)
 
 
-def _metadata(path: str | Path) -> Any:
+def _metadata(directory: str | Path) -> Any:
     try:
-        return ocp.metadata(Path(path).absolute())
+        return ocp.metadata(Path(directory).absolute() / PARAMETERS)
     except (ocp.errors.InvalidLayoutError, FileNotFoundError) as error:
-        raise CheckpointError(f"expected a directory that save_orbax wrote, got {path}") from error
+        raise CheckpointError(f"expected a directory that save_orbax wrote, got {directory}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -61,8 +62,12 @@ def save_parameters(
 
 
 @contextlib.contextmanager
-def replaced(directory: Path, *, overwrite: bool) -> Iterator[Path]:
+def replaced(directory: Path, *, overwrite: bool, is_primary: bool = True) -> Iterator[Path]:
     """A new directory beside `directory` that takes its name when the block ends well, and vanishes when it does not.
+
+    A process that is killed inside leaves what was there before, and the unfinished directory, which the next one
+    removes. Where several processes save together, all enter with the same arguments, and only the primary one touches
+    the directories.
 
     Raises:
       ValueError: there is something under that name already, and it may not be overwritten.
@@ -73,21 +78,34 @@ def replaced(directory: Path, *, overwrite: bool) -> Iterator[Path]:
             f"expected {directory} to be a new or empty directory, got one that is neither: "
             "choose another name or pass overwrite=True"
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = directory.with_name(f".{directory.name}.incomplete-{os.getpid()}")
-    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-    incomplete.mkdir()
+    incomplete = directory.with_name(f".{directory.name}.incomplete")
+    if not is_primary:
+        yield incomplete
+        return
+    shutil.rmtree(incomplete, ignore_errors=True)
+    incomplete.mkdir(parents=True)
     try:
         yield incomplete
         if directory.exists():
-            directory.rename(old)
-        incomplete.rename(directory)
-    except BaseException:
+            _exchange(incomplete, directory)
+        else:
+            incomplete.rename(directory)
+    finally:
         shutil.rmtree(incomplete, ignore_errors=True)
-        if old.exists():
-            old.rename(directory)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swaps the names of two directories: in one step on Linux, in two where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 and renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return
+    aside = one.with_name(f"{one.name}.aside")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
 
 
 @dataclasses.dataclass(frozen=True)

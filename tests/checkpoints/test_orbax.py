@@ -1,6 +1,9 @@
 """Orbax checkpoints: round trip, resharding, and disagreements."""
 
 import re
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -55,5 +58,114 @@ def test_paths_are_checked(toy, tmp_path, parameters):
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(CheckpointError, match=re.escape(f"expected a directory that save_orbax wrote, got {path}")):
             load_orbax(path, toy.abstract())
-    with pytest.raises(ValueError, match="not to exist yet"):
+    with pytest.raises(ValueError, match="to be a new or empty directory"):
         save_orbax(tmp_path, parameters, {})
+
+
+def test_what_is_there_is_replaced_when_told(toy, tmp_path, parameters):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text("{}")
+    save_orbax(tmp_path / "saved", {"old": parameters["embedding.weight_VD"]}, {}, tokenizer_files=[tokenizer])
+    save_orbax(tmp_path / "saved", parameters, {"new": True}, overwrite=True)
+    assert read_orbax_config(tmp_path / "saved") == {"new": True}
+    assert load_orbax(tmp_path / "saved", toy.abstract("bfloat16")).keys() == parameters.keys()
+    assert [each.name for each in (tmp_path / "saved").iterdir()] == ["parameters"]
+    assert not list(tmp_path.glob(".saved*"))
+
+
+# A save over an earlier one, in a process that kills itself: when the first bytes are there, or when all are.
+KILLED = """
+import os, pathlib, signal, sys, threading
+import jax, numpy as np
+from moe_jax.checkpoints import orbax, save
+
+directory, moment = pathlib.Path(sys.argv[1]), sys.argv[2]
+
+def kill(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def kill_at_first_bytes():
+    while not any(file.is_file() for file in directory.with_name(".saved.incomplete").rglob("*")):
+        pass
+    kill()
+
+if moment == "midway":
+    threading.Thread(target=kill_at_first_bytes, daemon=True).start()
+else:
+    save._exchange = kill
+orbax.save_orbax(directory, {"w": jax.numpy.ones((2048, 2048))}, {"save": 2}, overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("moment", ["midway", "complete"])
+def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path, moment):
+    directory = tmp_path / "saved"
+    save_orbax(directory, {"w": jax.numpy.arange(6.0).reshape(2, 3)}, {"save": 1})
+    process = subprocess.run([sys.executable, "-c", KILLED, directory, moment], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert (tmp_path / ".saved.incomplete").exists()
+    assert read_orbax_config(directory) == {"save": 1}
+    loaded = load_orbax(directory, {"w": jax.ShapeDtypeStruct((2, 3), "float32")})
+    np.testing.assert_array_equal(loaded["w"], np.arange(6.0).reshape(2, 3))
+    save_orbax(directory, {"w": jax.numpy.zeros(1)}, {"save": 3}, overwrite=True)
+    assert read_orbax_config(directory) == {"save": 3}
+    assert [each.name for each in tmp_path.iterdir()] == ["saved"], "the next save removes what the killed one left"
+
+
+MESHES = {
+    "one axis": ((8,), ("a",), PartitionSpec("a")),
+    "two axes": ((2, 4), ("a", "b"), PartitionSpec("b", "a")),
+    "partly replicated": ((4, 2), ("a", "b"), PartitionSpec(None, "a")),
+}
+
+
+@pytest.mark.parametrize("saved", MESHES)
+@pytest.mark.parametrize("restored", MESHES)
+def test_one_mesh_to_another(tmp_path, saved, restored):
+    def placement(name: str) -> NamedSharding:
+        shape, axes, spec = MESHES[name]
+        return NamedSharding(jax.make_mesh(shape, axes), spec)
+
+    values = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    save_orbax(tmp_path / "saved", {"w": jax.device_put(values, placement(saved))}, {})
+    abstract = jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=placement(restored))
+    loaded = load_orbax(tmp_path / "saved", {"w": abstract})["w"]
+    assert loaded.sharding == placement(restored)
+    for shard in loaded.addressable_shards:
+        np.testing.assert_array_equal(shard.data, values[shard.index])
+
+
+# Peak memory of restoring a parameter of argv[2] MiB, saved in rows, in columns over eight devices.
+RESTORES = """
+import resource, sys
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from moe_jax.checkpoints.orbax import load_orbax, save_orbax
+
+mesh = jax.make_mesh((8,), ("a",))
+rows = int(sys.argv[2]) * 2**20 // 4 // 1024
+if sys.argv[3] == "save":
+    made = jax.jit(lambda: jnp.ones((rows, 1024)), out_shardings=NamedSharding(mesh, PartitionSpec("a")))()
+    save_orbax(sys.argv[1], {"w": made}, {})
+else:
+    small = {"w": jax.ShapeDtypeStruct((8, 1024), "float32", sharding=NamedSharding(mesh, PartitionSpec("a")))}
+    save_orbax(sys.argv[1] + "-small", {"w": jnp.ones((8, 1024))}, {})
+    load_orbax(sys.argv[1] + "-small", small)  # what loading needs whatever the size
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    columns = NamedSharding(mesh, PartitionSpec(None, "a"))
+    jax.block_until_ready(load_orbax(sys.argv[1], {"w": jax.ShapeDtypeStruct((rows, 1024), "float32", sharding=columns)}))
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_no_host_holds_a_whole_parameter_beside_its_shards(tmp_path):
+    """Here the devices' memory is the host's: the shards themselves take the parameter's size once."""
+    size_mib = 512
+
+    def run(what: str) -> str:
+        command = [sys.executable, "-c", RESTORES, tmp_path / "saved", str(size_mib), what]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    run("save")
+    peak_mib = float(run("restore"))
+    assert peak_mib < 1.6 * size_mib, "twice the size would be the parameter and a copy of it"
