@@ -20,16 +20,20 @@ class Device:
     """What a kernel needs to know of the device that will run it.
 
     `is_interpreted`: a CPU pretends to be it (`interpret.interpreting`), without what the interpreter does not model.
+    `is_partitioned`: it is one of several, and XLA splits the computation over them, which it cannot do with a kernel. Inside
+      `shard_map` a computation is one device's own, and kernels run.
     """
 
     platform: str
     kind: str
     num_sms: int = 0
     is_interpreted: bool = False
+    is_partitioned: bool = False
 
     @property
     def is_hopper(self) -> bool:
-        return self.platform == "gpu" and any(name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+        """Whether Hopper kernels can run on it."""
+        return not self.is_partitioned and self.platform == "gpu" and any(name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +57,15 @@ _compiling_for: contextvars.ContextVar[Device | None] = contextvars.ContextVar("
 
 def current_device() -> Device:
     """The device that computations go to by default, or the one named by `compiling_for`."""
-    chosen = _compiling_for.get()
-    if chosen is not None:
-        return chosen
+    mesh = jax.sharding.get_abstract_mesh()
+    device = _compiling_for.get() or _default_device()
+    if mesh.size <= 1 or mesh.are_all_axes_manual:
+        return device
+    kind = f"{device.kind} (one of {mesh.size} that XLA splits this computation over)"
+    return dataclasses.replace(device, kind=kind, is_partitioned=True)
+
+
+def _default_device() -> Device:
     device = jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
