@@ -73,6 +73,10 @@ class Split:
     def size(self, axes: Axes) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
 
+    def local_experts(self, experts: int) -> int:
+        """Of one device; where the devices do not divide the experts, the last ones have empty slots."""
+        return -(-experts // self.expert_parts)
+
     @property
     def mesh(self) -> str:
         """As `load(mesh=...)` takes it."""

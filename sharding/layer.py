@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sharding.axes import MESH_AXES
 from sharding.formulas import Split
+from sharding.layout import Exchange
+
+UP = ("experts", None, "expert_mlp", "embed")
+DOWN = ("experts", "embed", "expert_mlp")
 
 
 def abstract_mesh(split: Split) -> AbstractMesh:
@@ -42,56 +45,45 @@ def moe_layer(
     In place of the experts that routing chose, every local expert multiplies an equal share of the rows, so that FLOPs do
     not depend on how a backend implements ragged multiplication. The collectives are those of the strategy.
     """
-    num_local = experts // split.expert_parts
-    share = rows_per_expert(tokens, experts, active)
-    token_axes = ("dp", *split.row.tokens)
-    row = PartitionSpec(token_axes)
-    up_spec = PartitionSpec(split.row.experts or None, None, split.row.expert_mlp or None, None)
-    down_spec = PartitionSpec(split.row.experts or None, None, split.row.expert_mlp or None)
+    num_local, share = split.local_experts(experts), rows_per_expert(tokens, experts, active)
+    exchange = Exchange(mesh, split.row, split.row, capacity_factor)
 
-    def body(x_TD, experts_TA, weights_TA, up_EGFD, down_EDF):
-        def balanced(x_XD, experts_XA, weights_XA):
-            place_M = jnp.arange(num_local * share) % x_XD.shape[0]
-            x_ECD = x_XD[place_M].reshape(num_local, share, -1)
-            up_EGCF = jnp.einsum("ecd,egfd->egcf", x_ECD, up_EGFD)
-            hidden_ECF = jax.nn.silu(up_EGCF[:, 0]) * up_EGCF[:, 1]
-            y_ECD = jnp.einsum("ecf,edf->ecd", hidden_ECF, down_EDF)
-            weight_X1 = jnp.where(experts_XA >= 0, weights_XA, 0.0).sum(axis=1, keepdims=True)
-            summed_XD = jnp.zeros_like(x_XD).at[place_M].add(y_ECD.reshape(num_local * share, -1))
-            return (summed_XD * weight_X1).astype(x_XD.dtype)
+    def balanced(x_XD, experts_XA, weights_XA, up_EGFD, down_EDF):
+        place_M = jnp.arange(num_local * share) % x_XD.shape[0]
+        x_ECD = x_XD[place_M].reshape(num_local, share, -1)
+        up_EGCF = jnp.einsum("ecd,egfd->egcf", x_ECD, up_EGFD)
+        hidden_ECF = jax.nn.silu(up_EGCF[:, 0]) * up_EGCF[:, 1]
+        y_ECD = jnp.einsum("ecf,edf->ecd", hidden_ECF, down_EDF)
+        weight_X1 = jnp.where(experts_XA >= 0, weights_XA, 0.0).sum(axis=1, keepdims=True)
+        summed_XD = jnp.zeros_like(x_XD).at[place_M].add(y_ECD.reshape(num_local * share, -1))
+        return (summed_XD * weight_X1).astype(x_XD.dtype)
 
-        y_TD, _ = split.row.exchange(
-            balanced,
-            x_TD,
-            experts_TA,
-            weights_TA,
-            num_local=num_local,
-            ep=split.row.experts,
-            tp=split.row.expert_mlp,
-            capacity_factor=capacity_factor,
-        )
-        return lax.optimization_barrier(y_TD)
+    def layer(x_TD, experts_TA, weights_TA, up_EGFD, down_EDF):
+        operands = (x_TD, experts_TA, weights_TA, up_EGFD, down_EDF)
+        return exchange.experts(balanced, *operands, dimensions=(UP, DOWN), is_decode=True)[0]
 
-    layer = jax.shard_map(body, mesh=mesh, in_specs=(row, row, row, up_spec, down_spec), out_specs=row, check_vma=False)
+    row = PartitionSpec(("dp", *split.row.tokens))
+    axes = {"experts": split.row.experts or None, "expert_mlp": split.row.expert_mlp or None}
+    up_spec, down_spec = (PartitionSpec(*(axes.get(str(name)) for name in names)) for names in (UP, DOWN))
 
     def shape(sizes: tuple[int, ...], spec: PartitionSpec, dtype: Any) -> jax.ShapeDtypeStruct:
         placed = NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=placed)
 
-    total = split.dp * tokens
+    total, held = split.dp * tokens, num_local * split.expert_parts
     arguments = (
         shape((total, width), row, dtype),
         shape((total, active), row, jnp.int32),
         shape((total, active), row, jnp.float32),
-        shape((experts, 2, expert_width, width), up_spec, dtype),
-        shape((experts, width, expert_width), down_spec, dtype),
+        shape((held, 2, expert_width, width), up_spec, dtype),
+        shape((held, width, expert_width), down_spec, dtype),
     )
     return layer, arguments
 
 
 def layer_flops(split: Split, *, tokens: int, width: int, expert_width: int, experts: int, active: int) -> float:
     """Of one device: three multiplications for each row of each of its experts."""
-    rows = experts // split.expert_parts * rows_per_expert(tokens, experts, active)
+    rows = split.local_experts(experts) * rows_per_expert(tokens, experts, active)
     return 6.0 * rows * width * (expert_width // split.column_parts)
 
 
@@ -99,7 +91,7 @@ def layer_hbm_bytes(
     split: Split, *, tokens: int, width: int, expert_width: int, experts: int, active: int, item_bytes: int = 2
 ) -> float:
     """Of one device: its experts' weights once, and each multiplication's operand and result rows."""
-    num_local, columns = experts // split.expert_parts, expert_width // split.column_parts
+    num_local, columns = split.local_experts(experts), expert_width // split.column_parts
     rows = num_local * rows_per_expert(tokens, experts, active)
     return item_bytes * (num_local * 3 * width * columns + rows * (2 * width + 3 * columns))
 
@@ -108,6 +100,6 @@ def layer_argument_bytes(
     split: Split, *, tokens: int, width: int, expert_width: int, experts: int, active: int, item_bytes: int = 2
 ) -> int:
     """Of one device: its experts' weights, its tokens and their routing."""
-    weights = experts // split.expert_parts * 3 * width * (expert_width // split.column_parts) * item_bytes
+    weights = split.local_experts(experts) * 3 * width * (expert_width // split.column_parts) * item_bytes
     own = tokens // split.size(split.row.tokens)
     return weights + own * (width * item_bytes + 8 * active)
