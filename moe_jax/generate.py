@@ -27,6 +27,7 @@ from moe_jax.progress import status
 from moe_jax.sampling import Filters, Sampling, SamplingArrays
 from moe_jax.tokenizer import TextStream
 from pallas_kernels import Routing
+from sharding import Layout
 
 Prompt = str | Sequence[int]
 
@@ -164,8 +165,8 @@ def generate(
     batch = checked(model, prompts, max_new_tokens, sampling, stop, stop_token_ids)
     record = Record(logprobs=logprobs, routed_experts=routed_experts)
     leaves, programs = compiled_for(model, batch.filters, record)
-    cache = _empty_cache(programs, leaves, batch)
-    with status("Compiling and generating"):
+    with status("Compiling and generating"), model.on_mesh():
+        cache = _empty_cache(programs, leaves, batch)
         if batch.stop_strings:
             state, prompt_trace = _generate_watching(model, programs, leaves, cache, batch)
         else:
@@ -231,7 +232,8 @@ def logits(
     if decoder_tokens_BU is not None:
         operands = (*operands, _checked_ids(model, decoder_tokens_BU, "decoder_tokens_BU"))
     leaves, graph = _split(model)
-    return _logits_program(*graph)(leaves, *operands)
+    with model.on_mesh():
+        return _logits_program(*graph, model.layout)(leaves, *operands)
 
 
 def checked(
@@ -287,7 +289,7 @@ def bucket(length: int) -> int:
 def compiled_for(model: Model, filters: Filters, record: Record) -> tuple[tuple[jax.Array, ...], Programs]:
     """A model's flat parameters and its programs, which are compiled when first run with new shapes."""
     leaves, (graphdef, treedef) = _split(model)
-    return leaves, _programs(graphdef, treedef, filters, record)
+    return leaves, _programs(graphdef, treedef, filters, record, model.layout)
 
 
 def _split(model: Model):
@@ -297,30 +299,30 @@ def _split(model: Model):
 
 
 @functools.lru_cache(maxsize=64)
-def _logits_program(graphdef, treedef):
+def _logits_program(graphdef, treedef, layout: Layout | None):
     @jax.jit
     def run(leaves, *operands):
-        return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)).logits(*operands)[0]
+        return _settled(nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)).logits(*operands)[0], layout)
 
     return run
 
 
 @functools.lru_cache(maxsize=64)
-def _programs(graphdef, treedef, filters: Filters, record: Record) -> Programs:
+def _programs(graphdef, treedef, filters: Filters, record: Record, layout: Layout | None) -> Programs:
     """Parameters go in as a flat tuple: dispatching an NNX state costs milliseconds a call."""
 
     def merged(leaves):
         return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
 
     def empty_cache(leaves, *, batch: int, capacity: int):
-        return merged(leaves).empty_cache(batch, capacity)
+        return _settled(merged(leaves).empty_cache(batch, capacity), layout)
 
     def prefill(leaves, cache, tokens_BT, lengths_B, inputs: Inputs, *, new_bucket: int):
         module = merged(leaves)
         step = module.prefill(tokens_BT, lengths_B, cache)
         state = _first_state(step, module, tokens_BT, lengths_B, new_bucket, filters, record)
         trace = _stacked(step.prompt_routings, len(tokens_BT)) if record.routed_experts else None
-        return _with_token(state, step, inputs, filters), trace
+        return _settled((_with_token(state, step, inputs, filters), trace), layout)
 
     def advance(leaves, state: State, inputs: Inputs, limit, is_cancelled_B):
         module = merged(leaves)
@@ -330,7 +332,7 @@ def _programs(graphdef, treedef, filters: Filters, record: Record) -> Programs:
             return (state.count < limit) & ~state.is_done_B.all()
 
         def add_token(state: State):
-            return _with_token(state, module.decode(state.last_B, state.cache), inputs, filters)
+            return _settled(_with_token(state, module.decode(state.last_B, state.cache), inputs, filters), layout)
 
         return lax.while_loop(has_more, add_token, state)
 
@@ -344,6 +346,11 @@ def _programs(graphdef, treedef, filters: Filters, record: Record) -> Programs:
         prefill=jax.jit(prefill, static_argnames="new_bucket", donate_argnums=1),
         advance=jax.jit(advance, donate_argnums=1),
     )
+
+
+def _settled(tree, layout: Layout | None):
+    """Over several devices: what leaves a program, or goes around its loop, is where the host and the next step want it."""
+    return tree if layout is None else layout.settled(tree, is_cache=lambda part: isinstance(part, KVCache))
 
 
 def _first_state(step: Step, module, tokens_BT, lengths_B, new_bucket, filters: Filters, record: Record) -> State:
@@ -490,8 +497,8 @@ def _text(model: Model, tokens: np.ndarray) -> str:
 
 
 def _streamed(model: Model, batch: Batch, leaves, programs: Programs) -> Iterator[Piece]:
-    cache = _empty_cache(programs, leaves, batch)
-    with status("Compiling"):
+    with status("Compiling"), model.on_mesh():
+        cache = _empty_cache(programs, leaves, batch)
         state, _ = programs.prefill(
             leaves, cache, batch.tokens_BT, batch.lengths_B, batch.inputs, new_bucket=batch.new_bucket
         )
@@ -507,7 +514,8 @@ def _streamed(model: Model, batch: Batch, leaves, programs: Programs) -> Iterato
         is_cancelled_B = np.array([reader.stop_reason is not None for reader in readers])
         if is_cancelled_B.all():
             return
-        state = programs.advance(leaves, state, batch.inputs, count + 1, is_cancelled_B)
+        with model.on_mesh():
+            state = programs.advance(leaves, state, batch.inputs, count + 1, is_cancelled_B)
         tokens_B = np.asarray(state.last_B)
 
 

@@ -3,7 +3,6 @@
 from sharding.axes import DIMENSIONS, MESH_AXES
 from sharding.layout import Exchange, Layout, Placement, plan_layout
 from sharding.mesh import make_mesh
-from sharding.rules import placement
 from sharding.strategies import ATTENTION, STRATEGIES, Strategy
 
 __all__ = [
@@ -16,6 +15,5 @@ __all__ = [
     "Placement",
     "Strategy",
     "make_mesh",
-    "placement",
     "plan_layout",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -113,16 +112,25 @@ class Placement:
 
     @property
     def loading(self) -> NamedSharding:
-        """Where to load it before it is filled up."""
+        """Where to load it before it is filled up: split along any dimension that allows it."""
         if self.shape == self.padded_shape:
             return self.sharding
-        return NamedSharding(self.sharding.mesh, P())
+        mesh = self.sharding.mesh
+        parts = math.prod(mesh.shape[axis] for axis in EP_TP)
+        split = next((place for place, size in enumerate(self.shape) if size % parts == 0), None)
+        return NamedSharding(mesh, P(*(EP_TP if place == split else None for place in range(len(self.shape)))))
 
     def filled_up(self, values: jax.Array) -> jax.Array:
         if self.shape == self.padded_shape:
             return values
         widths = [(0, there - here) for here, there in zip(self.shape, self.padded_shape, strict=True)]
         return jax.jit(lambda x: jnp.pad(x, widths), out_shardings=self.sharding)(values)
+
+    def cut_back(self, values: jax.Array) -> jax.Array:
+        """The parameter as checkpoints have it."""
+        if self.shape == self.padded_shape:
+            return values
+        return jax.jit(lambda x: lax.slice(x, (0,) * x.ndim, self.shape), out_shardings=self.loading)(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,11 +211,6 @@ class Exchange:
         return jax.tree.map(lambda y: y[:T], fn(*filled))
 
 
-@functools.cache
-def _names() -> str:
-    return ", ".join(STRATEGIES)
-
-
 def plan_layout(
     mesh: Mesh | AbstractMesh,
     *,
@@ -229,18 +232,12 @@ def plan_layout(
     unknown = [name for name in names if name not in STRATEGIES]
     if unknown or len(names) > 2:
         raise ValueError(
-            f"expected strategy to be one of {_names()}, or two for prefill and decode like 'ep_agrs/ep_psum', got {strategy!r}"
+            f"expected strategy to be one of {', '.join(STRATEGIES)}, or two of them for prefill and decode like "
+            f"'ep_agrs/ep_psum', got {strategy!r}"
         )
     prefill, decode = STRATEGIES[names[0]], STRATEGIES[names[-1]]
-    placed = [
-        _axes_in_use(mesh, each.experts) + ("|",) + _axes_in_use(mesh, each.expert_mlp) for each in (prefill, decode)
-    ]
-    if placed[0] != placed[1]:
-        alike = [
-            each.name
-            for each in STRATEGIES.values()
-            if (each.experts, each.expert_mlp) == (prefill.experts, prefill.expert_mlp)
-        ]
+    if _weight_axes(mesh, prefill) != _weight_axes(mesh, decode):
+        alike = [each.name for each in STRATEGIES.values() if _weight_axes(mesh, each) == _weight_axes(mesh, prefill)]
         raise ValueError(
             f"strategy {strategy!r}: on this mesh {prefill.name} and {decode.name} keep different weights on a device; "
             f"beside {prefill.name} decode can use {', '.join(alike)}"
@@ -253,8 +250,12 @@ def plan_layout(
     return Layout(mesh, prefill, decode, attention, capacity_factor)
 
 
-def _axes_in_use(mesh: Mesh | AbstractMesh, axes: Axes) -> Axes:
-    return tuple(axis for axis in axes if mesh.shape[axis] > 1)
+def _weight_axes(mesh: Mesh | AbstractMesh, strategy: Strategy) -> tuple[Axes, Axes]:
+    """What decides which weights a device keeps: axes of one device split nothing."""
+    of_experts, of_width = (
+        tuple(axis for axis in axes if mesh.shape[axis] > 1) for axes in (strategy.experts, strategy.expert_mlp)
+    )
+    return of_experts, of_width
 
 
 def _check_capacity(factor: float, strategies: tuple[Strategy, ...]) -> None:
