@@ -59,7 +59,7 @@ def plan(loads_E: np.ndarray, *, devices: int, slots: int | None = None) -> Tabl
     """
     loads_E = np.asarray(loads_E, np.float64)
     num_experts = loads_E.size
-    slots = -(-num_experts // devices) if slots is None else slots
+    slots = -(-num_experts // max(devices, 1)) if slots is None else slots
     if loads_E.ndim != 1 or not np.all(np.isfinite(loads_E)) or (loads_E < 0).any():
         raise ValueError(f"expected one load of at least 0 for every expert, got {loads_E}")
     if devices < 1 or devices * slots < num_experts:
