@@ -40,13 +40,15 @@ class Options:
     mesh: str | None = None
     """Devices to split the model over, such as "ep=4,tp=2"."""
     strategy: str | None = None
-    """How to split: tp or eptp."""
+    """How tokens meet experts, such as ep_agrs, or ep_agrs/ep_psum for prefill and decode."""
+    attention: str | None = None
+    """How to split everything else over the mesh: tp or dp."""
     experts: bool = True
     """After the text, say on standard error which experts computed it and how fast."""
 
     def load(self) -> moe_jax.Model:
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        return moe_jax.load(self.model, dtype=dtype, mesh=self.mesh, strategy=self.strategy)
+        return moe_jax.load(self.model, dtype=dtype, mesh=self.mesh, strategy=self.strategy, attention=self.attention)
 
     def sampling(self) -> moe_jax.Sampling:
         return moe_jax.Sampling(
