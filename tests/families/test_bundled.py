@@ -11,6 +11,8 @@ from moe_jax.model import BUNDLED
 
 EXPECTED = json.loads((Path(__file__).parent / "fixtures_bundled" / "expected.json").read_text())
 MOST_BYTES = 25_000_000
+# Logits of up to 16 in size have a bfloat16 step of 2^-4; six layers of roundings add a few of them.
+MOST_BFLOAT16_GAP = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +49,21 @@ def test_every_expert_of_every_layer_answers(model):
         chosen = experts_BUA[experts_BUA >= 0]
         shares_E = np.bincount(chosen, minlength=8) / chosen.size
         assert shares_E.min() >= 0.1 / 8, f"layer {layer}: {shares_E.round(3)}"
+
+
+@pytest.mark.gpu
+def test_greedy_tokens_on_a_gpu(model):
+    """float32 on a GPU gives the very tokens; bfloat16, by the kernels, parts from them only between near-equals."""
+    want = np.array(EXPECTED["greedy_tokens"])
+    arguments = dict(max_new_tokens=want.shape[1], stop_token_ids=())
+    np.testing.assert_array_equal(moe_jax.generate(model, EXPECTED["prompts"], **arguments).tokens, want)
+
+    by_kernels = moe_jax.load("shakespeare", dtype="bfloat16")
+    got = moe_jax.generate(by_kernels, EXPECTED["prompts"], **arguments).tokens
+    for prompt, want_U, got_U in zip(EXPECTED["prompt_tokens"], want, got, strict=True):
+        parted = np.flatnonzero(want_U != got_U)
+        if parted.size:
+            first = parted[0]
+            logits_TV = np.asarray(moe_jax.logits(model, np.array([prompt + want_U[:first].tolist()])))[0]
+            gap = logits_TV[-1, want_U[first]] - logits_TV[-1, got_U[first]]
+            assert gap <= MOST_BFLOAT16_GAP, f"{prompt[:4]}..., token {first}: {gap}"
