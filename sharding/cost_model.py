@@ -97,11 +97,12 @@ class Prediction:
 def splits(devices: int, strategies: Sequence[str] = tuple(STRATEGIES)) -> list[Split]:
     """Every factorisation of the devices into dp x ep x tp, for every strategy and both kinds of attention.
 
-    Strategies that split over ep and tp alike come with tp=1 only: another tp is the same split.
+    Strategies that split over ep and tp alike come with tp=1 only: another tp is the same split. Those for which the two
+    mean different things come with tp above 1, since without it they are one of the others.
     """
     found = []
     for name, ep, tp in itertools.product(strategies, _divisors(devices), _divisors(devices)):
-        if devices % (ep * tp) or (tp > 1 and not _uses_both(name)):
+        if devices % (ep * tp) or (tp > 1) != _uses_both(name):
             continue
         for attention in ("dp", "tp") if ep * tp > 1 else ("dp",):
             found.append(Split(name, devices // (ep * tp), ep, tp, attention))

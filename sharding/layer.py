@@ -39,11 +39,13 @@ def moe_layer(
     active: int,
     capacity_factor: float | None = None,
     dtype: Any = jnp.bfloat16,
+    expert_fn: Callable[..., jax.Array] | None = None,
 ) -> tuple[Callable[..., jax.Array], tuple[jax.ShapeDtypeStruct, ...]]:
     """The layer from tokens and their routing to its result, and the shapes of its arguments; `tokens` of one copy.
 
-    In place of the experts that routing chose, every local expert multiplies an equal share of the rows, so that FLOPs do
-    not depend on how a backend implements ragged multiplication. The collectives are those of the strategy.
+    Unless an `expert_fn` is given (as `Exchange.experts` takes it), every local expert multiplies an equal share of the rows
+    in place of those that routing chose, so that FLOPs do not depend on how a backend implements ragged multiplication. The
+    collectives are those of the strategy.
     """
     num_local, share = split.local_experts(experts), rows_per_expert(tokens, experts, active)
     exchange = Exchange(mesh, split.row, split.row, capacity_factor)
@@ -60,7 +62,7 @@ def moe_layer(
 
     def layer(x_TD, experts_TA, weights_TA, up_EGFD, down_EDF):
         operands = (x_TD, experts_TA, weights_TA, up_EGFD, down_EDF)
-        return exchange.experts(balanced, *operands, dimensions=(UP, DOWN), is_decode=True)[0]
+        return exchange.experts(expert_fn or balanced, *operands, dimensions=(UP, DOWN), is_decode=True)[0]
 
     row = PartitionSpec(("dp", *split.row.tokens))
     axes = {"experts": split.row.experts or None, "expert_mlp": split.row.expert_mlp or None}
