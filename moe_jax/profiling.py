@@ -31,7 +31,8 @@ FIRST_STEP = 32  # steps before it are not counted in the time per token
 class GenerateProgram:
     """Prefill and decoding of one batch, compiled. How many tokens it makes is an input, up to `batch.new_bucket`.
 
-    One for a single new token only prefills. `compile_s` is tracing, lowering and compiling; `temporary_bytes` is device memory beside parameters and cache.
+    One for a single new token only prefills. `compile_s` is tracing, lowering and compiling; `temporary_bytes` is
+    device memory beside parameters and cache.
     """
 
     batch: Batch
@@ -107,13 +108,24 @@ class Times:
     repeats: int
 
 
-def measure(program: GenerateProgram, leaves: Sequence[jax.Array], *, repeats: int = 3, seconds: float = 3.0) -> Times:
-    """Times of a program: medians over rounds of 1, 32 and all new tokens; fewer rounds than `repeats` after `seconds`.
+def measure(
+    program: GenerateProgram,
+    leaves: Sequence[jax.Array],
+    *,
+    last: int | None = None,
+    repeats: int = 3,
+    seconds: float = 3.0,
+) -> Times:
+    """Times of a program: medians over rounds of 1, 32 and `last` new tokens (all, by default).
 
-    The time per token is that from token 32 to the last, so that prefill and the call's own cost cancel.
+    The time per token is that from token 32 to the last, so that prefill and the call's own cost cancel. Rounds end at
+    `repeats`, or sooner after `seconds`.
+
+    Raises:
+      ValueError: there are fewer than two tokens to take a difference of.
     """
-    last = program.batch.max_new_tokens
-    first = min(FIRST_STEP, last // 2)
+    last = program.batch.max_new_tokens if last is None else last
+    first = first_counted(last)
     if first < 1:
         raise ValueError(f"expected at least 2 new tokens to take a difference of, got {last}")
     _, state = program.run(leaves, program.new_cache(leaves), first)
@@ -126,6 +138,11 @@ def measure(program: GenerateProgram, leaves: Sequence[jax.Array], *, repeats: i
         first_s.append(seconds_of[1])
         per_token_s.append((seconds_of[last] - seconds_of[first]) / (last - first))
     return Times(1e3 * statistics.median(first_s), 1e3 * statistics.median(per_token_s), len(first_s))
+
+
+def first_counted(last: int) -> int:
+    """After how many of `last` tokens the time per token begins to count."""
+    return min(FIRST_STEP, last // 2)
 
 
 def measure_first_token(program: GenerateProgram, leaves: Sequence[jax.Array], *, repeats: int = 3) -> float:
@@ -231,7 +248,7 @@ class Instruction:
 
 
 def instructions(hlo: str) -> dict[str, Instruction]:
-    """Every instruction of a compiled module's text by name, with its origin; of a fusion that has none, its last known part's."""
+    """The origin of every instruction of a compiled module's text, by name; a fusion without one has its last part's."""
     frames = _stacks(hlo)
     found: dict[str, Instruction] = {}
     bodies: dict[str, list[Instruction]] = {}

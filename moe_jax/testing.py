@@ -66,14 +66,25 @@ def _random(path: str, leaf: jax.ShapeDtypeStruct, seeds: tuple[int, int], scale
         return jnp.zeros(leaf.shape, leaf.dtype)
     if leaf.ndim == 1:
         return jnp.ones(leaf.shape, leaf.dtype)
-    return _normal(np.asarray(seeds, np.uint32), np.float32(scale), leaf.shape, leaf.dtype)
+    return _normal(leaf.shape, leaf.dtype)(np.asarray(seeds, np.uint32), np.float32(scale))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _normal(seeds_2: jax.Array, scale: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    key = jax.random.fold_in(jax.random.key(seeds_2[0], impl="rbg"), seeds_2[1])
-    values = jax.random.normal(key, shape, dtype)
-    return (values.astype(jnp.float32) * scale).astype(dtype)
+def compile_values(hf_config: dict[str, Any], *, dtype: str = "bfloat16") -> None:
+    """Compiles ahead what `large_random_model` of the same arguments runs; needs no memory yet."""
+    family = models.family_of(hf_config)
+    _, abstract = abstract_parameters(family, family.Config.from_hf(hf_config), dtype=dtype)
+    for leaf, _ in abstract.values():
+        if leaf.ndim > 1:
+            _normal(leaf.shape, leaf.dtype)
+
+
+@functools.cache
+def _normal(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.stages.Compiled:
+    def values(seeds_2: jax.Array, scale: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seeds_2[0], impl="rbg"), seeds_2[1])
+        return (jax.random.normal(key, shape, dtype).astype(jnp.float32) * scale).astype(dtype)
+
+    return jax.jit(values).lower(np.zeros(2, np.uint32), np.float32(0)).compile()
 
 
 def _named(module: Any, config: Any, hf_config: dict[str, Any]) -> Model:

@@ -6,36 +6,49 @@
 Greedy, prompts of random ids. The time per token is (t(new tokens) - t(32)) / (new tokens - 32) of whole generations, so
 that prefill and the call's own cost cancel. The floor is the time to read, at 4.6 TB/s, the weights of attention, of
 routers, of the head and of the experts that were active, which a second program counts for every step and layer, and
-the cache. Appends a JSON line for each point to --output as it comes, the most telling points first; a point that fails
-gives a line with its error. scripts/plot_generate.py makes tables and pictures of them.
+the cache. `--baseline hf` runs transformers on the same weights in the same process, and says where its greedy tokens
+part from ours and how near its two logits are there. Appends a JSON line for each point to --output as it comes, the
+most telling points first; a point that fails gives a line with its error. scripts/plot_generate.py makes tables and
+pictures of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import sys
-import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_jax import profiling
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MODELS = ("tinymistral-6x248m", "olmoe-1b-7b", "qwen3-30b-a3b", "mixtral-8x7b")
 BATCHES = (1, 8, 64, 32, 128)
+MOST_TELLING = (1, 8, 64)
 PREFILLS = ((1, 4096), (8, 2048))
 STUDENT_MODEL, STUDENT_PROMPT = "tinymistral-6x248m", 10
-BASELINES = ("hf",)
-CACHE_GB = 16  # the cache that the largest model shall have beside it
-MOST_TELLING = (1, 8, 64)
+LARGEST_MODEL, LARGE_CACHE_BYTES, LARGE_CACHE_POSITIONS = "mixtral-8x7b", 16e9, 4096
+HF_VARIANTS = ("grouped_mm", "batched_mm", "eager", "compiled")
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One line of the benchmark: `kind` is "decode", "prefill" or "end_to_end"."""
+    """One line of the benchmark.
+
+    kind: "decode"; "prefill"; "end_to_end", as the student project measured; "large_cache", whether a large model and a
+      large cache go together.
+    """
 
     kind: str
     model: str
@@ -44,110 +57,208 @@ class Point:
     new_tokens: int
 
 
-def points_of(name: str, flags: argparse.Namespace) -> list[Point]:
+def points_of(name: str, config: dict[str, Any], flags: argparse.Namespace) -> list[Point]:
     """A model's points, the most telling first."""
     decode = [Point("decode", name, batch, flags.prompt, flags.new_tokens) for batch in flags.batches]
     prefill = [Point("prefill", name, batch, length, 1) for batch, length in flags.prefills]
     told = [point for point in decode if point.batch in MOST_TELLING]
     student = [Point("end_to_end", name, 1, STUDENT_PROMPT, flags.new_tokens)] if name == STUDENT_MODEL else []
-    return [*told, *student, *prefill, *(point for point in decode if point not in told)]
+    large = [large_cache_point(name, config, flags)] if name == LARGEST_MODEL else []
+    return [*told, *student, *prefill, *large, *(point for point in decode if point not in told)]
+
+
+def large_cache_point(name: str, config: dict[str, Any], flags: argparse.Namespace) -> Point:
+    """As many requests of 4096 positions and a prompt as fill a cache of 16 GB."""
+    from moe_jax import profiling
+
+    per_request = (flags.prompt + LARGE_CACHE_POSITIONS) * profiling.sizes_of(config).cache_per_position
+    return Point("large_cache", name, -(-int(LARGE_CACHE_BYTES) // per_request), flags.prompt, LARGE_CACHE_POSITIONS)
 
 
 class Bench:
-    """What the points share: configs, the weights of one model at a time, and who may use Python's only lock.
+    """One point in one process: compiled while others measure, measured when it is told to."""
 
-    Tracing holds Python's lock and would be seen in the times measured meanwhile: `python` is taken for either.
-    """
+    def __init__(self, point: Point, config: dict[str, Any], flags: argparse.Namespace):
+        from moe_jax import profiling
 
-    def __init__(self, flags: argparse.Namespace, configs: dict[str, dict[str, Any]]):
-        self.flags, self.configs = flags, configs
-        self.python = threading.Lock()
-        self._held: tuple[str, Any, tuple[Any, ...]] | None = None
+        self.point, self.config, self.flags = point, config, flags
+        self.sizes = profiling.sizes_of(config, dtype=flags.dtype)
+        self.programs: dict[str, profiling.GenerateProgram] = {}
 
-    def compile(self, point: Point) -> dict[str, profiling.GenerateProgram]:
-        """The programs of a point: `run`, and `traced`, which also tells the experts of every step."""
+    def compile(self) -> None:
+        """Programs of the point: `run`, and `traced`, which also tells the experts of every step."""
         from moe_jax import profiling
         from moe_jax.generate import Record
-        from moe_jax.testing import abstract_model
+        from moe_jax.testing import abstract_model, compile_values
 
-        records = {"run": Record()}
-        if point.kind == "decode":
-            records["traced"] = Record(routed_experts=True)
-        lowered = {}
-        with self.python:
-            model = abstract_model(self.configs[point.model], dtype=self.flags.dtype)
-            for name, record in records.items():
-                shape = dict(batch=point.batch, prompt=point.prompt, new_tokens=point.new_tokens)
-                lowered[name] = profiling.lower_generate(model, **shape, record=record)
-        return {name: each.compile() for name, each in lowered.items()}
+        point = self.point
+        compile_values(self.config, dtype=self.flags.dtype)
+        if point.kind == "end_to_end":
+            return
+        model = abstract_model(self.config, dtype=self.flags.dtype)
+        records = {"run": Record()} | ({"traced": Record(routed_experts=True)} if point.kind == "decode" else {})
+        for name, record in records.items():
+            shape = dict(batch=point.batch, prompt=point.prompt, new_tokens=point.new_tokens)
+            lowered = profiling.lower_generate(model, **shape, record=record)
+            self.programs[name] = lowered.compile(options_of(point))
 
-    def model(self, name: str) -> tuple[Any, tuple[Any, ...]]:
-        """The model and its flat parameters; the one held before is let go first."""
-        from moe_jax import profiling, testing
-
-        if self._held is None or self._held[0] != name:
-            self._held = None
-            begin_s = time.perf_counter()
-            model = testing.large_random_model(self.configs[name], dtype=self.flags.dtype)
-            leaves = profiling.parameters_of(model)
-            for leaf in leaves:
-                leaf.block_until_ready()
-            print(
-                f"{name}: {model.num_parameters / 1e9:.2f} G parameters made in {time.perf_counter() - begin_s:.1f} s"
-            )
-            self._held = (name, model, leaves)
-        return self._held[1:]
-
-    def measure(self, point: Point, programs: dict[str, profiling.GenerateProgram]) -> dict[str, Any]:
-        """The record of a point."""
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Makes the weights and measures: the point's record, and one for each run of the baseline."""
         import jax
 
-        from moe_jax import profiling
+        from moe_jax import profiling, testing
 
-        model, leaves = self.model(point.model)
-        config, sizes = self.configs[point.model], profiling.sizes_of(self.configs[point.model], dtype=self.flags.dtype)
-        record: dict[str, Any] = dataclasses.asdict(point) | {"dtype": self.flags.dtype}
-        if point.kind == "end_to_end":
-            record |= {"ms_per_token": end_to_end_ms(model, point), "parameters": model.num_parameters}
-        elif point.kind == "prefill":
-            elapsed_ms = profiling.measure_first_token(programs["run"], leaves)
-            floor = profiling.prefill_floor_ms(config, sizes, batch=point.batch, length=point.prompt)
-            record |= {"ms": round(elapsed_ms, 4), "floor_ms": round(floor, 4)}
-        else:
-            times = profiling.measure(programs["run"], leaves)
-            active = self._active(programs["traced"], leaves)
-            first = min(profiling.FIRST_STEP, point.new_tokens // 2)
-            positions = point.prompt + (first + point.new_tokens) / 2
-            floor = profiling.decode_floor_ms(sizes, batch=point.batch, active_experts=active, positions=positions)
-            record |= {
-                "ms_per_token": round(times.per_token_ms, 4),
-                "floor_ms": round(floor, 4),
-                "fraction_of_floor": round(floor / times.per_token_ms, 4),
-                "active_experts": round(active, 2),
-                "first_token_ms": round(times.first_token_ms, 3),
-            }
-        if "run" in programs:
-            program = programs["run"]
-            positions = point.batch * program.batch.capacity
-            record["memory_gb"] = {
-                "parameters": round(sizes.parameters / 1e9, 3),
-                "cache": round(positions * sizes.cache_per_position / 1e9, 4),
-                "temporary": round(program.temporary_bytes / 1e9, 4),
-                "peak_of_process": round((jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9, 3),
-            }
-            record["compile_s"] = round(program.compile_s, 2)
-        return record
+        self.model = testing.large_random_model(self.config, dtype=self.flags.dtype)
+        self.leaves = jax.block_until_ready(profiling.parameters_of(self.model))
+        shared = dataclasses.asdict(self.point) | {"dtype": self.flags.dtype}
+        yield shared | getattr(self, f"_{self.point.kind}")() | self._cost()
+        if self.point.kind == "decode" and self.flags.baseline == "hf":
+            for variant in self.flags.hf_variants:
+                labelled = shared | {"kind": "baseline", "variant": variant}
+                try:
+                    yield labelled | self._baseline(variant)
+                except Exception as error:  # the others may run all the same
+                    yield labelled | {"error": message_of(error)}
 
-    def _active(self, program: profiling.GenerateProgram, leaves: tuple[Any, ...]) -> float:
-        """Mean number of active experts of a layer and step, over the steps that are timed."""
+    def _decode(self) -> dict[str, Any]:
         import numpy as np
 
         from moe_jax import profiling
 
-        tokens = program.batch.max_new_tokens
-        _, state = program.run(leaves, program.new_cache(leaves), tokens)
-        first = min(profiling.FIRST_STEP, tokens // 2)
-        return float(profiling.active_experts(np.asarray(state.experts_BLUA)[:, :, first:tokens]).mean())
+        point, traced = self.point, self.programs["traced"]
+        times = profiling.measure(self.programs["run"], self.leaves)
+        _, state = traced.run(self.leaves, traced.new_cache(self.leaves), point.new_tokens)
+        first = profiling.first_counted(point.new_tokens)
+        experts_BLUA = np.asarray(state.experts_BLUA)[:, :, first : point.new_tokens]
+        active = float(profiling.active_experts(experts_BLUA).mean())
+        self.ours_ms = times.per_token_ms
+        self.tokens = np.asarray(state.tokens_BU)[:, : point.new_tokens].tolist()
+        positions = point.prompt + (first + point.new_tokens) / 2
+        floor = profiling.decode_floor_ms(self.sizes, batch=point.batch, active_experts=active, positions=positions)
+        return {
+            "ms_per_token": round(times.per_token_ms, 4),
+            "floor_ms": round(floor, 4),
+            "fraction_of_floor": round(floor / times.per_token_ms, 4),
+            "active_experts": round(active, 2),
+            "first_token_ms": round(times.first_token_ms, 3),
+            "repeats": times.repeats,
+        }
+
+    def _prefill(self) -> dict[str, Any]:
+        from moe_jax import profiling
+
+        elapsed_ms = profiling.measure_first_token(self.programs["run"], self.leaves)
+        floor = profiling.prefill_floor_ms(self.config, self.sizes, batch=self.point.batch, length=self.point.prompt)
+        return {
+            "ms": round(elapsed_ms, 4),
+            "floor_ms": round(floor, 4),
+            "fraction_of_floor": round(floor / elapsed_ms, 4),
+        }
+
+    def _large_cache(self) -> dict[str, Any]:
+        from moe_jax import profiling
+
+        times = profiling.measure(self.programs["run"], self.leaves, last=2 * profiling.FIRST_STEP, repeats=1)
+        return {"ms_per_token": round(times.per_token_ms, 4)}
+
+    def _end_to_end(self) -> dict[str, Any]:
+        return {"ms_per_token": end_to_end_ms(self.model, self.point)}
+
+    @functools.cached_property
+    def _theirs(self) -> Any:
+        """The same weights as a transformers model."""
+        import hf_baseline
+
+        from moe_jax import models
+        from moe_jax.model import parameters
+
+        theirs = hf_baseline.build(self.config)
+        values = parameters(self.model.module)
+        rules = models.family_of(self.config).rules(self.model.config)
+        hf_baseline.fill(theirs, values, places(values, rules, set(theirs.state_dict())))
+        return theirs
+
+    def _baseline(self, variant: str) -> dict[str, Any]:
+        """transformers' time on the same weights, and where its greedy tokens part from ours."""
+        import hf_baseline
+
+        from moe_jax import profiling
+
+        prompts, first = self.programs["traced"].batch.prompts, profiling.first_counted(self.point.new_tokens)
+        measured, theirs = hf_baseline.measured(
+            self._theirs,
+            variant,
+            prompts,
+            new_tokens=self.point.new_tokens,
+            first=first,
+            seconds=self.flags.hf_seconds,
+        )
+        compared = list(zip(prompts, theirs, self.tokens, strict=True))[:8]
+        parted = [hf_baseline.disagreement(self._theirs, *each) for each in compared]
+        return {
+            **measured,
+            "times_ours": round(measured["ms_per_token"] / self.ours_ms, 2),
+            "requests_compared": len(parted),
+            "requests_equal": parted.count(None),
+            "partings": [each for each in parted if each],
+            "source": f"transformers {hf_baseline.transformers.__version__}, torch {hf_baseline.torch.__version__}",
+        }
+
+    def _cost(self) -> dict[str, Any]:
+        """Gigabytes of device memory, and seconds of compiling."""
+        import jax
+
+        if "run" not in self.programs:
+            return {}
+        program = self.programs["run"]
+        cache = self.point.batch * program.batch.capacity * self.sizes.cache_per_position
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+        sizes = {
+            "parameters": self.sizes.parameters,
+            "cache": cache,
+            "temporary": program.temporary_bytes,
+            "peak": peak,
+        }
+        return {
+            "memory_gb": {name: round(size / 1e9, 4) for name, size in sizes.items()},
+            "compile_s": round(program.compile_s, 2),
+        }
+
+
+def options_of(point: Point) -> dict[str, Any] | None:
+    """What to compile with, since XLA may not try alternatives here (see `prepare`): large products by cuBLAS.
+
+    Small ones not: with that, XLA converts the head's weights to float32 at every decode step.
+    """
+    import jax
+
+    is_gpu = jax.default_backend() == "gpu"
+    return {"xla_gpu_enable_triton_gemm": False} if is_gpu and point.kind == "prefill" else None
+
+
+def message_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def places(
+    values: dict[str, Any], rules: Any, wanted: set[str]
+) -> dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Which parameter, slice and shape each of transformers' tensors is.
+
+    Raises:
+      ValueError: the parameters do not make all the tensors, or not without moving values.
+    """
+    from moe_jax.checkpoints.rules import spellings
+
+    found = {}
+    for path, value in values.items():
+        shape = tuple(value.shape)
+        options = [option for option in spellings(path, shape, rules) if {part.name for part in option} <= wanted]
+        for part in options[0] if options else ():
+            found[part.name] = (path, part.at, part.rule.tensor_shape(shape))
+    if missing := wanted - found.keys():
+        raise ValueError(f"no parameter makes transformers' {sorted(missing)[:5]}")
+    return found
 
 
 def end_to_end_ms(model: Any, point: Point) -> float:
@@ -167,46 +278,116 @@ def end_to_end_ms(model: Any, point: Point) -> float:
 
 def line(record: dict[str, Any]) -> str:
     """A record in one line for the terminal."""
-    start = f"{record['model']:20} {record['kind']:10} {record['batch']:4} x {record['prompt']:<5}"
+    kind = record.get("variant", record["kind"])
+    start = f"{record['model']:20} {kind:11} {record['batch']:4} x {record['prompt']:<5}"
     if "error" in record:
-        return f"{start} {record['error'][:200]}"
-    if record["kind"] == "end_to_end":
-        return f"{start} {record['ms_per_token']:9.3f} ms per token, all included"
-    if record["kind"] == "prefill":
-        return (
-            f"{start} {record['ms']:9.3f} ms, floor {record['floor_ms']:.3f}, compiled in {record['compile_s']:.0f} s"
-        )
-    return (
-        f"{start} {record['ms_per_token']:9.3f} ms per token, floor {record['floor_ms']:.3f} "
-        f"({record['fraction_of_floor']:.0%}), {record['active_experts']:.1f} active, "
-        f"first token {record['first_token_ms']:.1f} ms, compiled in {record['compile_s']:.0f} s"
-    )
+        return f"{start} {record['error'][:300]}"
+    told = [f"{record[key]:9.3f} {key}" for key in ("ms_per_token", "ms") if key in record]
+    if "floor_ms" in record:
+        told.append(f"floor {record['floor_ms']:.3f} ({record['fraction_of_floor']:.0%})")
+    for key in ("active_experts", "first_token_ms", "times_ours", "requests_equal", "compile_s"):
+        if key in record:
+            told.append(f"{key} {record[key]}")
+    if record.get("partings"):
+        told.append(f"first parting {record['partings'][0]}")
+    return f"{start} {', '.join(told)}"
 
 
-def run(points: list[Point], bench: Bench, deadline_s: float, output: pathlib.Path) -> list[dict[str, Any]]:
-    """Measures the points in turn while a thread compiles ahead; appends each record as it comes."""
+def work(point: Point, config: dict[str, Any], flags: argparse.Namespace, parent: Connection) -> None:
+    """A process: compiles, says so with None, waits for the word to measure, and sends records."""
+    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    try:
+        bench = Bench(point, config, flags)
+        bench.compile()
+        parent.send(None)
+        parent.recv()
+        for record in bench.records():
+            parent.send(record)
+    except Exception as error:  # a point that is lost leaves the others
+        parent.send(dataclasses.asdict(point) | {"error": message_of(error)})
+
+
+@dataclasses.dataclass
+class Worker:
+    point: Point
+    process: Any
+    pipe: Connection
+
+
+def run(
+    points: list[Point], configs: dict[str, dict[str, Any]], flags: argparse.Namespace, deadline_s: float
+) -> list[dict[str, Any]]:
+    """Measures point after point, each in a process that compiled beside the others; appends records as they come.
+
+    Of the points that are compiled the first goes next, alone on the device. Ends at the deadline, whatever is left.
+    """
     from pallas_kernels import timing
 
-    records = []
-    with concurrent.futures.ThreadPoolExecutor(bench.flags.compilers) as pool:
-        futures = [pool.submit(bench.compile, point) if point.kind != "end_to_end" else None for point in points]
-        for point, future in zip(points, futures, strict=True):
+    spawn = multiprocessing.get_context("spawn")
+    waiting, compiling, ready, records = list(points), [], [], []
+
+    def start_more() -> None:
+        while waiting and len(compiling) + len(ready) < flags.processes:
+            point = waiting.pop(0)
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=work, args=(point, configs[point.model], flags, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            compiling.append(Worker(point, process, ours))
+
+    def keep(record: dict[str, Any]) -> None:
+        print(line(record), flush=True)
+        timing.append_record(flags.output, record)
+        records.append(record)
+
+    def left_s() -> float:
+        return max(0.0, deadline_s - time.monotonic())
+
+    def received(worker: Worker) -> Any:
+        """What a worker sends next; EOFError when it has ended, and TimeoutError at the deadline."""
+        if not worker.pipe.poll(left_s()):
+            raise TimeoutError
+        return worker.pipe.recv()
+
+    def settle() -> None:
+        """Moves workers that are compiled, and records of those that failed."""
+        pipes = {worker.pipe: worker for worker in compiling}
+        for pipe in multiprocessing.connection.wait(list(pipes), timeout=0 if ready else left_s()):
+            worker = pipes[pipe]
+            compiling.remove(worker)
             try:
-                programs = future.result(timeout=max(0.0, deadline_s - time.monotonic())) if future else {}
-                with bench.python:
-                    if time.monotonic() > deadline_s:
-                        raise TimeoutError
-                    record = bench.measure(point, programs)
-            except TimeoutError:
-                print(f"{point}: left out, --seconds are over", flush=True)
-                continue
-            except Exception as error:  # a benchmark that loses one point keeps the others
-                record = dataclasses.asdict(point) | {"error": f"{type(error).__name__}: {error}"[:500]}
-            programs = future = None  # the cache and the program go before the next point's come
-            print(line(record), flush=True)
-            timing.append_record(output, record)
-            records.append(record)
-        pool.shutdown(wait=False, cancel_futures=True)
+                failed = received(worker)
+            except EOFError:
+                failed = dataclasses.asdict(worker.point) | {"error": "its process died while it compiled"}
+            if failed is None:
+                ready.append(worker)
+            else:
+                keep(failed)
+
+    def measure(worker: Worker) -> None:
+        count = len(records)
+        worker.pipe.send("measure")
+        with contextlib.suppress(EOFError):
+            while True:
+                keep(received(worker))
+        worker.process.join()  # its memory is free then
+        if len(records) == count:
+            keep(dataclasses.asdict(worker.point) | {"error": f"its process died, exit code {worker.process.exitcode}"})
+
+    try:
+        while left_s() and (waiting or compiling or ready):
+            start_more()
+            settle()
+            if ready:
+                ready.sort(key=lambda worker: points.index(worker.point))
+                measure(ready.pop(0))
+    except TimeoutError:
+        print("--seconds are over while one measured: its record is lost", flush=True)
+    left = [worker.point for worker in (*ready, *compiling)] + waiting
+    if left:
+        print(f"{len(left)} points left out, --seconds are over: {', '.join(map(str, left))}", flush=True)
+    for worker in (*ready, *compiling):
+        worker.process.kill()
     return records
 
 
@@ -219,8 +400,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prefills", nargs="*", type=shape, default=list(PREFILLS), metavar="BATCHxLENGTH")
+    parser.add_argument("--baseline", choices=("hf",), help="also run transformers (needs torch)")
+    parser.add_argument("--hf-variants", nargs="+", choices=HF_VARIANTS, default=list(HF_VARIANTS))
+    parser.add_argument("--hf-seconds", type=float, default=6.0, help="longest that one of its generations runs")
     parser.add_argument("--seconds", type=float, default=900.0, help="start no further measurement after this long")
-    parser.add_argument("--compilers", type=int, default=2, help="threads that compile ahead")
+    parser.add_argument("--processes", type=int, default=max(2, (os.cpu_count() or 2) - 3), help="that compile at once")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/generate.jsonl"))
     return parser.parse_args(arguments)
 
@@ -231,10 +415,15 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def prepare() -> None:
-    """Settings that JAX reads when it starts. Compiling ahead and measuring share the GPU: XLA shall not time kernels."""
+    """Settings that JAX reads when it starts.
+
+    Processes compile while one measures, so XLA shall not time kernels on the device meanwhile. Memory is taken as it is
+    needed, by one process after the other, and by torch.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if "autotune" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
@@ -244,8 +433,8 @@ def main() -> int:
     prepare()
     paths = [flags.config] if flags.config else [CONFIGS / f"{name}.json" for name in flags.models]
     configs = {path.stem: json.loads(path.read_text()) for path in paths}
-    points = [point for name in configs for point in points_of(name, flags)]
-    records = run(points, Bench(flags, configs), deadline_s, flags.output)
+    points = [point for name, config in configs.items() for point in points_of(name, config, flags)]
+    records = run(points, configs, flags, deadline_s)
     return int(any("error" in record for record in records) or len(records) < len(points))
 
 

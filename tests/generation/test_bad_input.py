@@ -94,7 +94,7 @@ def test_load(directory, tmp_path):
 
 def test_what_does_not_fit_is_refused_with_the_arithmetic(directory, model, monkeypatch):
     monkeypatch.setattr(moe_jax.memory, "free_on", lambda device: 50_000)
-    with pytest.raises(ValueError, match=r"takes 0\.00 GiB on each device, and cpu has 0\.00 GiB free: use dtype"):
+    with pytest.raises(ValueError, match=r"takes 0\.00 GiB on each device \([\d,]+ x \d bytes\), and cpu has 0\.00 GiB free: use dtype"):
         moe_jax.load(directory, dtype="float32")
     with pytest.raises(
         ValueError, match=r"the cache of 9 requests x 32 positions takes .* generate for fewer requests"
