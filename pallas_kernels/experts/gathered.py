@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 
+from pallas_kernels import precision
 from pallas_kernels.dispatch import Device, Implementation
 from pallas_kernels.experts.reference import activate, adding_residual
 from pallas_kernels.route.api import Routing
@@ -19,11 +22,12 @@ def experts(
     local_TA = jnp.clip(local_TA, 0, num_experts - 1)
     weights_TA = jnp.where(is_local_TA, routing.weights_TA, 0.0)
 
-    up_TAGF = jnp.einsum("TD,TAGFD->TAGF", x_TD, up_EGFD[local_TA], preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, precision=precision.full(x_TD.dtype), preferred_element_type=jnp.float32)
+    up_TAGF = product("TD,TAGFD->TAGF", x_TD, up_EGFD[local_TA])
     if up_bias_EGF is not None:
         up_TAGF = up_TAGF + up_bias_EGF[local_TA]
     hidden_TAF = activate(up_TAGF, activation, axis=2).astype(x_TD.dtype)
-    out_TAD = jnp.einsum("TAF,TADF->TAD", hidden_TAF, down_EDF[local_TA], preferred_element_type=jnp.float32)
+    out_TAD = product("TAF,TADF->TAD", hidden_TAF, down_EDF[local_TA])
     if down_bias_ED is not None:
         out_TAD = out_TAD + down_bias_ED[local_TA]
     return (weights_TA[:, :, None] * out_TAD).sum(axis=1).astype(x_TD.dtype)

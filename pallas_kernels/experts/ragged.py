@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import precision
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.experts.reference import activate, adding_residual
 from pallas_kernels.route.api import Routing
@@ -52,7 +53,13 @@ def experts(
 
 
 def _grouped(ragged_dot, rows_MI, weights_EOI, group_sizes_E):
-    return ragged_dot(rows_MI, weights_EOI.swapaxes(1, 2), group_sizes_E, preferred_element_type=jnp.float32)
+    return ragged_dot(
+        rows_MI,
+        weights_EOI.swapaxes(1, 2),
+        group_sizes_E,
+        precision=precision.full(rows_MI.dtype),
+        preferred_element_type=jnp.float32,
+    )
 
 
 IMPLEMENTATION = Implementation("ragged", supports=lambda device, *args, **kwargs: None, run=experts)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import precision
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.route.api import Routing
 
@@ -54,11 +55,13 @@ def experts(
     up_bias_EGF = zeros[:, None, None] if up_bias_EGF is None else up_bias_EGF
     down_bias_ED = zeros[:, None] if down_bias_ED is None else down_bias_ED
 
+    product = functools.partial(jnp.einsum, precision=precision.full(x_TD.dtype), preferred_element_type=jnp.float32)
+
     def add_expert(y_TD, expert):
         up_GFD, down_DF, up_bias_GF, down_bias_D, weights_T = expert
-        up_TGF = jnp.einsum("TD,GFD->TGF", x_TD, up_GFD, preferred_element_type=jnp.float32) + up_bias_GF
+        up_TGF = product("TD,GFD->TGF", x_TD, up_GFD) + up_bias_GF
         hidden_TF = activate(up_TGF, activation, axis=1).astype(x_TD.dtype)
-        out_TD = jnp.einsum("TF,DF->TD", hidden_TF, down_DF, preferred_element_type=jnp.float32) + down_bias_D
+        out_TD = product("TF,DF->TD", hidden_TF, down_DF) + down_bias_D
         return y_TD + weights_T[:, None] * out_TD, None
 
     y_TD = jnp.zeros((x_TD.shape[0], model_width), jnp.float32)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import precision
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.experts.reference import activate
 
@@ -31,10 +34,11 @@ def rms_norm(x_TI, weight_I, *, epsilon: float) -> jax.Array:
 
 def _project(x_TI, weight, bias_O, residual_TO, activation) -> jax.Array:
     """`x @ weight.T` and all that follows it in float32, rounded once."""
+    product = functools.partial(jnp.einsum, precision=precision.full(x_TI.dtype), preferred_element_type=jnp.float32)
     if activation is None:
-        y_TO = jnp.einsum("TI,OI->TO", x_TI, weight, preferred_element_type=jnp.float32)
+        y_TO = product("TI,OI->TO", x_TI, weight)
     else:
-        up_TGO = jnp.einsum("TI,GOI->TGO", x_TI, weight, preferred_element_type=jnp.float32)
+        up_TGO = product("TI,GOI->TGO", x_TI, weight)
         y_TO = activate(up_TGO, activation, axis=1)
     for addend in (bias_O, residual_TO):
         if addend is not None:
