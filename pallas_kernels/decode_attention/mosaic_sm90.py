@@ -136,6 +136,11 @@ def _launch(
         worker = lax.axis_index("warpgroup")
         request = head // kv_heads
         kv_head = lax.rem(head, kv_heads)
+        # Mosaic tiles an array in shared memory by as many rows as its copies go by, and swizzles tiles of fewer than 8 rows
+        # wrongly (seen on an H200). Where it cannot tell that a slice begins with a tile, it leaves the array as it is.
+        unknown_zero = head // (batch * kv_heads)
+        plain_halves = [pl.ds(unknown_zero + n * half, half) for n in range(2)]
+        q_rows_smem, k_rows_smem, out_smem = (smem[f"{name}_smem"] for name in ("q_rows", "k_rows", "out"))
         new = lax.min(positions_gmem[request], capacity)  # the first position that is not in the cache
         oldest = 0 if window is None else lax.max(new - window + 1, 0)
         first_tile = oldest // (POSITIONS * pack)
@@ -148,7 +153,7 @@ def _launch(
 
         def load_rows():
             ready = smem["rows_full"]
-            plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(head * group, queries)], smem["q_rows_smem"], ready)
+            plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(head * group, queries)], q_rows_smem, ready)
             plgpu.copy_gmem_to_smem(k_gmem.at[head], smem["k_raw_smem"], ready)
             plgpu.copy_gmem_to_smem(v_gmem.at[head], smem["v_smem"].at[pl.ds(0, width)], ready)
             plgpu.copy_gmem_to_smem(cos_gmem.at[request], smem["cos_smem"], ready)
@@ -185,7 +190,7 @@ def _launch(
         def halves_of(rows_smem):
             """The two halves of each row, in float32; of a single row as often as there are queries."""
             if len(rows_smem.shape) == 2:
-                layout, slices = rows_layout, [rows_smem.at[:, each] for each in halves]
+                layout, slices = rows_layout, [rows_smem.at[:, each] for each in plain_halves]
             else:
                 layout, slices = rows_layout.reduce(0), [rows_smem.at[each] for each in halves]
             loaded = [plgpu.load(each, layout=layout, optimized=False).astype(jnp.float32) for each in slices]
@@ -222,20 +227,20 @@ def _launch(
             return rounded([first * cos - second * sin, second * cos + first * sin])
 
         def store_rows(values, rows_smem):
-            for each, columns in zip(values, halves, strict=True):
+            for each, columns in zip(values, plain_halves, strict=True):
                 rows_smem.at[:, columns][...] = each.astype(dtype)
 
         def prepare():
             """Queries into `wgmma`'s operand; the new key and its scores into shared memory."""
             plgpu.barrier_wait(smem["rows_full"])
-            q_values = rotated(halves_of(smem["q_rows_smem"]), "q")
-            store_rows(q_values, smem["q_rows_smem"])
+            q_values = rotated(halves_of(q_rows_smem), "q")
+            store_rows(q_values, q_rows_smem)
             plgpu.commit_smem()
-            smem["q_smem"][...] = plgpu.load(smem["q_rows_smem"], layout=_rows_layout(width), optimized=False)
+            smem["q_smem"][...] = plgpu.load(q_rows_smem, layout=_rows_layout(width), optimized=False)
             plgpu.commit_smem()
             plgpu.barrier_arrive(smem["q_ready"])
             k_values = rotated(halves_of(smem["k_raw_smem"]), "k")
-            store_rows(k_values, smem["k_rows_smem"])
+            store_rows(k_values, k_rows_smem)
             smem["scores_smem"][...] = sum(jnp.sum(q * k, axis=1) for q, k in zip(q_values, k_values, strict=True))
             plgpu.commit_smem()
 
@@ -310,23 +315,24 @@ def _launch(
 
         def finish(parts):
             _, l, *values = _merged(parts)
-            out_smem = smem["out_smem" if pack == 1 else "places_smem"]
+            sums_smem = out_smem if pack == 1 else smem["places_smem"]
             total = _to_rows(jnp.sum(l, axis=0), POSITIONS)
-            for value, chunk in zip(values, chunks, strict=True):
-                out = (value / total).astype(out_smem.dtype)
-                out_smem.at[:, chunk].T[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+            for n, value in enumerate(values):
+                chunk = pl.ds(unknown_zero + n * POSITIONS, POSITIONS)
+                out = (value / total).astype(sums_smem.dtype)
+                sums_smem.at[:, chunk].T[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
             if pack > 1:
                 plgpu.commit_smem()
-                places = [out_smem.at[:, pl.ds(n * width, width)] for n in range(pack)]
+                places = [sums_smem.at[:, pl.ds(n * width, width)] for n in range(pack)]
                 loaded = [plgpu.load(each, layout=_rows_layout(width), optimized=False) for each in places]
-                smem["out_smem"][...] = functools.reduce(jnp.add, loaded).astype(dtype)
+                out_smem.at[:, pl.ds(unknown_zero, width)][...] = functools.reduce(jnp.add, loaded).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem["out_smem"].at[pl.ds(0, group)], out_gmem.at[pl.ds(head * group, group)])
+            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, group)], out_gmem.at[pl.ds(head * group, group)])
             row, columns = positions_gmem[request] // pack, pl.ds(lax.rem(positions_gmem[request], pack) * width, width)
             k_row_gmem, v_row_gmem = (
                 cache_gmem.at[head, pl.ds(row, 1), columns] for cache_gmem in (k_cache_gmem, v_cache_gmem)
             )
-            plgpu.copy_smem_to_gmem(smem["k_rows_smem"].at[pl.ds(0, 1)], k_row_gmem)
+            plgpu.copy_smem_to_gmem(k_rows_smem.at[pl.ds(0, 1)], k_row_gmem)
             plgpu.copy_smem_to_gmem(smem["v_smem"].at[pl.ds(0, width)], v_row_gmem.at[0])
             plgpu.wait_smem_to_gmem(0)
 
