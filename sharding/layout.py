@@ -115,10 +115,14 @@ class Placement:
         """Where to load it before it is filled up: split along any dimension that allows it."""
         if self.shape == self.padded_shape:
             return self.sharding
+        is_padded = [here != there for here, there in zip(self.shape, self.padded_shape, strict=True)]
+        spec = [None if padded else axes for padded, axes in zip(is_padded, self.sharding.spec, strict=True)]
         mesh = self.sharding.mesh
         parts = math.prod(mesh.shape[axis] for axis in EP_TP)
-        split = next((place for place, size in enumerate(self.shape) if size % parts == 0), None)
-        return NamedSharding(mesh, P(*(EP_TP if place == split else None for place in range(len(self.shape)))))
+        if not any(spec):
+            split = next((place for place, size in enumerate(self.shape) if size % parts == 0), None)
+            spec = [EP_TP if place == split else None for place in range(len(spec))]
+        return NamedSharding(mesh, P(*spec))
 
     def filled_up(self, values: jax.Array) -> jax.Array:
         if self.shape == self.padded_shape:
