@@ -45,7 +45,7 @@ Level = Literal["analytic", "jaxpr", "cpu", "gpu"]
 COLOURS = dict(
     zip(STRATEGIES, ("#d1495b", "#edae49", "#b5838d", "#1b6ca8", "#2a9d8f", "#8d6a9f", "#4a4e69"), strict=True)
 )
-RUN_TOKENS = (8, 64, 512)  # per device
+RUN_TOKENS = (8, 128)  # per device
 RUN_SHAPE = ModelShape("layer", 1, 1, 256, 16, 2, 512, 8, 8, 32, 512, 0, 0, 0, 1024, True)
 LINK_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 22)
 
@@ -149,7 +149,9 @@ def chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = [row for row in able if row["ep"] * row["tp"] == 1][:1]
     for name in STRATEGIES:
         split = [row for row in able if row["strategy"] == name and row["ep"] * row["tp"] > 1]
-        found += split[:1] + [row for row in split if row["dp"] == 1 and row is not split[0]][:1]
+        found += split[:1]
+        if split and split[0]["dp"] > 1:
+            found += [row for row in split if row["dp"] == 1][:1]
     return found
 
 
@@ -244,14 +246,14 @@ def pictures(options: Options, shape: ModelShape, machine: Machine, rows: list[d
     return [path for path, _ in drawn]
 
 
-def _panels(count: int, width: float = 4.6, height: float = 3.5):
+def _panels(columns: int, rows: int = 1, width: float = 4.6, height: float = 3.5):
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, count, figsize=(width * count, height), squeeze=False)
-    for panel in panels[0]:
+    figure, panels = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_axisbelow(True)
-    return figure, list(panels[0])
+    return figure, list(panels.flat)
 
 
 def communication(options: Options, shape: ModelShape, machine: Machine):
@@ -276,9 +278,10 @@ def communication(options: Options, shape: ModelShape, machine: Machine):
                     capacity_factor=work.capacity_factor if split.row.has_capacity else None,
                 )
                 points.append(sum(each.wire_bytes for each in found) / 1e6)
-            dashes = {"ep_psum": (0, (6, 3)), "eptp_psum": (0, (2, 2)), "ep_ragged": (0, (4, 2))}.get(name, "-")
             label = f"{name} (tp=4)" if name.startswith("eptp") else name
-            panel.plot(counts[: len(points)], points, color=colour, label=label, linewidth=1.8, linestyle=dashes)
+            # The first ones send alike: the widest is drawn first, so that all are seen.
+            width = {"tp": 7.5, "ep_psum": 5.5, "eptp_psum": 3.5}.get(name, 1.6)
+            panel.plot(counts[: len(points)], points, color=colour, label=label, linewidth=width, solid_capstyle="butt")
         panel.axvline(machine.devices_per_node, color="#999999", linewidth=0.8, linestyle=":")
         panel.text(machine.devices_per_node * 1.06, 0.97, "one node", transform=panel.get_xaxis_transform(), fontsize=7,
                    color="#777777", va="top")  # fmt: skip
@@ -296,47 +299,65 @@ def communication(options: Options, shape: ModelShape, machine: Machine):
 
 
 def pareto(options: Options, shape: ModelShape, machine: Machine):
-    """Latency against throughput of decoding, from one request per device to as many as fit; the best split of each."""
+    """Latency against throughput of decoding, from one request per device to as many as fit.
+
+    Of each strategy the fastest split (full), and the fastest over all devices without copies (hollow).
+    """
+    from matplotlib.lines import Line2D
+
     figure, panels = _panels(len(options.devices))
     for panel, devices in zip(panels, options.devices, strict=True):
-        best: dict[str, list[tuple[float, float]]] = {}
+        points: dict[tuple[str, bool], list[tuple[float, float]]] = {}
         for batch in (2**n for n in range(10)):
             work = Work(DECODE, batch, options.context, options.capacity_factor, options.imbalance)
             for row in chosen([row_of(shape, machine, split, work) for split in cost_model.splits(devices)]):
                 name = row["strategy"] if row["ep"] * row["tp"] > 1 else "copies"
-                best.setdefault(name, []).append((row["total_ms"], row["tokens_per_s_per_device"]))
-        front = sorted(point for points in best.values() for point in points)
-        for name, points in best.items():
+                point = (row["total_ms"], row["tokens_per_s_per_device"])
+                points.setdefault((name, row["dp"] == 1), []).append(point)
+        for (name, is_wide), found in points.items():
             colour = COLOURS.get(name, "#777777")
-            latency, rate = zip(*sorted(points), strict=True)
-            panel.plot(latency, rate, "o", color=colour, label=name, markersize=4, alpha=0.85)
-        upper, highest = [], 0.0
-        for latency_ms, rate_per_s in front:
-            if rate_per_s > highest:
-                upper.append((latency_ms, rate_per_s))
-                highest = rate_per_s
-        panel.plot(*zip(*upper, strict=True), color="#222222", linewidth=0.9, zorder=0)
+            style = dict(markersize=5, markerfacecolor="none") if is_wide else dict(markersize=4)
+            panel.plot(*zip(*found, strict=True), "o-", color=colour, linewidth=0.6, **style)
+        panel.plot(*zip(*front(points.values()), strict=True), color="#222222", linewidth=4, alpha=0.15, zorder=0)
         panel.set_xscale("log")
         panel.set_yscale("log")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(_log_ticks())
+            axis.set_major_formatter(lambda value, _: _short(value))
+            axis.set_minor_formatter(lambda value, _: "")
         panel.set_xlabel("ms per step", fontsize=9)
         panel.set_title(f"{devices} x {machine.name}", loc="left", fontsize=10)
         panel.grid(color="#eceff1", which="major")
     panels[0].set_ylabel("tokens/s per device", fontsize=9)
-    handles = {
-        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    panels[-1].legend(
-        handles.values(), handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5)
-    )
+    names = {"copies": "#777777"} | COLOURS
+    handles = [Line2D([], [], color=colour, marker="o", markersize=4, linewidth=0.6) for colour in names.values()]
+    handles.append(Line2D([], [], color="#777777", marker="o", markersize=5, markerfacecolor="none", linewidth=0.6))
+    labels = [*names, "hollow: no copies"]
+    panels[-1].legend(handles, labels, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(f"{shape.name}, decode, context {options.context}: predicted", x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
     return figure
 
 
+def front(points: Iterable[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both latency and throughput."""
+    best: list[tuple[float, float]] = []
+    for latency_ms, rate in sorted(point for found in points for point in found):
+        if not best or rate > best[-1][1]:
+            best.append((latency_ms, rate))
+    return best
+
+
+def _log_ticks():
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1, 2, 5))
+
+
 def heat_map(options: Options, shape: ModelShape, machine: Machine):
     """Predicted tokens/s per device for every ep x tp, the rest of the devices being copies."""
     cases = [(phase, devices) for phase in options.phase for devices in options.devices]
-    figure, panels = _panels(len(cases), 3.4, 3.4)
+    figure, panels = _panels(len(options.devices), len(options.phase), 3.9, 3.4)
     for panel, (phase, devices) in zip(panels, cases, strict=True):
         work = Work(phase, options.batch[-1], options.context, options.capacity_factor, options.imbalance)
         sizes = [size for size in (2**n for n in range(10)) if devices % size == 0]
@@ -348,7 +369,8 @@ def heat_map(options: Options, shape: ModelShape, machine: Machine):
                 rate[sizes.index(place[0]), sizes.index(place[1])] = np.nanmax(
                     [rate[sizes.index(place[0]), sizes.index(place[1])], found]
                 )
-        panel.imshow(rate, cmap="YlGnBu", origin="lower", vmin=0)
+        rate = rate[: _used(rate, axis=1), : _used(rate, axis=0)]
+        panel.imshow(rate, cmap="YlGnBu", origin="lower", vmin=0, aspect="auto")
         for row, column in np.ndindex(rate.shape):
             if sizes[row] * sizes[column] > devices:
                 continue
@@ -356,11 +378,12 @@ def heat_map(options: Options, shape: ModelShape, machine: Machine):
             text, colour = ("no", "#b0b0b0") if np.isnan(value) else (_short(value), "black")
             colour = "white" if value > 0.6 * np.nanmax(rate) else colour
             panel.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
-        panel.set_xticks(range(len(sizes)), sizes, fontsize=7)
-        panel.set_yticks(range(len(sizes)), sizes, fontsize=7)
+        panel.set_xticks(range(rate.shape[1]), sizes[: rate.shape[1]], fontsize=7)
+        panel.set_yticks(range(rate.shape[0]), sizes[: rate.shape[0]], fontsize=7)
         panel.set_xlabel("parts of each expert (tp)", fontsize=9)
         panel.set_title(f"{phase}, {devices} devices", loc="left", fontsize=10)
-    panels[0].set_ylabel("parts of the set of experts (ep)", fontsize=9)
+    for panel in panels[:: len(options.devices)]:
+        panel.set_ylabel("parts of the set of experts (ep)", fontsize=9)
     figure.suptitle(
         f"{shape.name} on {machine.name}: predicted tokens/s per device, best strategy of each cell, "
         f"{options.batch[-1]} x {options.context} tokens per device",
@@ -372,8 +395,14 @@ def heat_map(options: Options, shape: ModelShape, machine: Machine):
     return figure
 
 
+def _used(rate: np.ndarray, *, axis: int) -> int:
+    """How many rows or columns to show: up to the last one with a number, and one more, where none fits."""
+    filled = np.flatnonzero(~np.isnan(rate).all(axis=axis))
+    return int(filled[-1]) + 2 if filled.size else 1
+
+
 def _short(value: float) -> str:
-    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+    return f"{value / 1000:.3g}k" if value >= 1000 else f"{value:.3g}"
 
 
 # ---------------------------------------------------------------- running
@@ -387,7 +416,7 @@ def run(options: Options, machine: Machine) -> list[dict[str, Any]]:
         (tokens, split)
         for tokens in RUN_TOKENS
         for split in cost_model.splits(devices)
-        if split.attention == "dp" and not (split.ep * split.tp == 1 and split.strategy != "tp")
+        if split.attention == "dp" and (split.dp == 1 or (split.dp == devices and split.strategy == "tp"))
     ]
     for tokens, split in track(todo, "Running", console=Console(stderr=True)):
         records.append(layer_record(split, tokens, machine, options))
