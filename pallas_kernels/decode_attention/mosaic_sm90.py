@@ -22,8 +22,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dispatch, tuning
-from pallas_kernels.experts.streaming_sm90 import fill_ring, on_producer_warp
+from pallas_kernels import dispatch
+from pallas_kernels.experts.streaming_sm90 import COMPILER, fill_ring, on_producer_warp
 
 NAME = "mosaic_sm90"
 POSITIONS = 64  # of a tile: wgmma's M
@@ -34,7 +34,6 @@ MOST_SPLITS = 8  # the largest portable cluster
 SHARED_MEMORY_BYTES = 227 << 10
 NOTHING = -1e30  # the maximum of no scores
 LOG2_E = 1.4426950408889634
-COMPILER = plgpu.CompilerParams(approx_math=True)
 
 MATRIX = plgpu.Layout.WGMMA
 BY_ROW = MATRIX.reduce(1)
@@ -59,8 +58,6 @@ def decode_attention(
     settings: dict[str, int] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     device = dispatch.current_device()
-    if settings is None:
-        settings = tuning.lookup(f"decode_attention.{NAME}", shape_key(q_BQ, k_BKSH), k_BKSH.shape[0])
     if settings is None:
         settings = default_settings(q_BQ, k_BKSH, window=window, num_sms=device.num_sms)
     return _decode_attention(
@@ -126,7 +123,8 @@ def _launch(
     queries = pl.cdiv(group, 8) * 8  # a head's, padded
     norms_whole = bool(weights) and weights[0].ndim == 2
     rows_layout, halves = _rows_layout(half), [pl.ds(n * half, half) for n in range(2)]
-    # A partial result: maxima, exponentials summed over tiles, and attended values in chunks of 64 columns.
+    scores_layout = _rows_layout(POSITIONS)
+    # A partial result: maxima and sums of exponentials, the same in all rows, and attended values in chunks of 64 columns.
     chunks = [pl.ds(n * POSITIONS, POSITIONS) for n in range(pack * width // POSITIONS)]
     num_arrays, tile_shape = 2 + len(chunks), (POSITIONS, queries)
 
@@ -141,11 +139,14 @@ def _launch(
         unknown_zero = head // (batch * kv_heads)
         plain_halves = [pl.ds(unknown_zero + n * half, half) for n in range(2)]
         q_rows_smem, k_rows_smem, out_smem = (smem[f"{name}_smem"] for name in ("q_rows", "k_rows", "out"))
-        new = lax.min(positions_gmem[request], capacity)  # the first position that is not in the cache
-        oldest = 0 if window is None else lax.max(new - window + 1, 0)
-        first_tile = oldest // (POSITIONS * pack)
-        all_tiles = lax.max(pl.cdiv(new, POSITIONS * pack) - first_tile, 0)
-        begin, end = (first_tile + all_tiles * n // splits for n in (split, split + 1))
+
+        def span():
+            """What this block reads: (first position it may see, first one that is not in the cache, tiles from, to)."""
+            new = lax.min(positions_gmem[request], capacity)
+            oldest = 0 if window is None else lax.max(new - window + 1, 0)
+            first_tile = oldest // (POSITIONS * pack)
+            all_tiles = lax.max(pl.cdiv(new, POSITIONS * pack) - first_tile, 0)
+            return oldest, new, *(first_tile + all_tiles * n // splits for n in (split, split + 1))
 
         def tile_of(cache_gmem, tile):
             """Where a tile of the head's positions is: the one place to change for pages."""
@@ -173,6 +174,7 @@ def _launch(
 
         def stream():
             load_rows()
+            _, _, begin, end = span()
 
             def load(j):
                 slot = lax.rem(j, stages)
@@ -246,26 +248,40 @@ def _launch(
 
         def attend_tiles():
             """The partial result of this worker's tiles."""
+            oldest, new, begin, end = span()
+            columns = plgpu.broadcasted_iota(jnp.int32, (queries, POSITIONS), 1, layout=scores_layout)
             rows = plgpu.broadcasted_iota(jnp.int32, tile_shape, 0, layout=MATRIX)
+            p_smems = [smem["p_smem"].at[worker, place] for place in range(pack)]
+            s_smems = [smem["s_smem"].at[worker, place] for place in range(pack)]
+            m_smem, l_smem = (smem[f"{name}_smem"].at[pl.ds(worker * queries, queries)] for name in "ml")
 
-            def score(slot, place, tile):
-                """Of the positions that are at `place` in their rows of the cache."""
+            def store_scores(slot):
+                """One product for the positions at each place in their rows of the cache, transposed on their way."""
                 k_smem = smem["k_smem"].at[slot]
-                if pack > 1:
-                    k_smem = k_smem.at[:, pl.ds(place * width, width)]
-                scores = _product(k_smem, smem["q_smem"].T, tile_shape)
-                position = (rows + tile * POSITIONS) * pack + place
-                is_visible = position < new
-                if window is not None:
-                    is_visible = is_visible & (position >= oldest)
-                return jnp.where(is_visible, scores * (LOG2_E * width**-0.5), NOTHING)
+                for place, s_smem in enumerate(s_smems):
+                    keys_smem = k_smem if pack == 1 else k_smem.at[:, pl.ds(place * width, width)]
+                    scores = _product(keys_smem, smem["q_smem"].T, tile_shape)
+                    s_smem.T[...] = plgpu.layout_cast(scores, plgpu.Layout.WGMMA_TRANSPOSED)
+                plgpu.commit_smem()
+
+            def load_scores(tile):
+                """A query in half a warp: maxima need no exchange between warps, for which Mosaic has one place in all."""
+                scores = []
+                for place, s_smem in enumerate(s_smems):
+                    position = (columns + tile * POSITIONS) * pack + place
+                    is_visible = position < new
+                    if window is not None:
+                        is_visible = is_visible & (position >= oldest)
+                    loaded = plgpu.load(s_smem, layout=scores_layout, optimized=False)
+                    scores.append(jnp.where(is_visible, loaded * (LOG2_E * width**-0.5), NOTHING))
+                return scores
 
             def attended(slot, chunk):
                 """Values of 64 columns of the cache's rows, each times the probabilities of its place."""
                 columns, first = chunks[chunk], chunk * POSITIONS
                 v_smem, result = smem["v_tiles_smem"].at[slot, :, columns], None
                 for place in range(first // width, (first + POSITIONS - 1) // width + 1):
-                    product = _product(v_smem.T, smem["p_smem"].at[worker, place].T, tile_shape)
+                    product = _product(v_smem.T, p_smems[place].T, tile_shape)
                     is_before = rows + first < place * width
                     result = product if result is None else jnp.where(is_before, result, product)
                 return result
@@ -275,27 +291,33 @@ def _launch(
                 turn = j * workers + worker
                 slot = lax.rem(turn, stages)
                 plgpu.barrier_wait(smem["k_full"].at[slot])
-                scores = [score(slot, place, begin + turn) for place in range(pack)]
-                most = functools.reduce(jnp.maximum, [jnp.max(each, axis=0) for each in scores])
-                new_m = jnp.maximum(m, _to_rows(most, POSITIONS))
-                kept, p = jnp.exp2(m - new_m), [jnp.exp2(each - new_m) for each in scores]
-                for place, each in enumerate(p):
-                    p_smem = smem["p_smem"].at[worker, place]
-                    p_smem.T[...] = plgpu.layout_cast(each.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                store_scores(slot)
+                scores = load_scores(begin + turn)
+                new_m = functools.reduce(jnp.maximum, [m, *(jnp.max(each, axis=1) for each in scores)])
+                kept = jnp.exp2(m - new_m)
+                p = [jnp.exp2(each - lax.broadcast_in_dim(new_m, each.shape, (0,))) for each in scores]
+                for p_smem, each in zip(p_smems, p, strict=True):
+                    p_smem[...] = each.astype(dtype)
+                m_smem[...] = kept
                 plgpu.commit_smem()
+                kept_C = plgpu.load(m_smem, layout=BY_COLUMN, optimized=False)
                 plgpu.barrier_wait(smem["v_full"].at[slot])
                 added = [attended(slot, chunk) for chunk in range(len(chunks))]
                 plgpu.barrier_arrive(smem["empty"].at[slot])
-                return (
-                    new_m,
-                    l * kept + functools.reduce(jnp.add, p),
-                    *(o * kept + more for o, more in zip(values, added, strict=True)),
-                )
+                l = functools.reduce(jnp.add, [l * kept, *(jnp.sum(each, axis=1) for each in p)])
+                kept_RC = _to_rows(kept_C, POSITIONS)
+                return new_m, l, *(o * kept_RC + more for o, more in zip(values, added, strict=True))
 
-            zeros = _zeros(*tile_shape)
+            nothing = _zeros(queries, layout=scores_layout.reduce(1))
+            values = [_zeros(*tile_shape)] * len(chunks)
             plgpu.barrier_wait(smem["q_ready"])
             count = (end - begin - worker + workers - 1) // workers
-            return lax.fori_loop(0, count, attend, (zeros + NOTHING, *[zeros] * (num_arrays - 1)))
+            m, l, *values = lax.fori_loop(0, count, attend, (nothing + NOTHING, nothing, *values))
+            m_smem[...] = m
+            l_smem[...] = l
+            plgpu.commit_smem()
+            stats = [plgpu.load(each, layout=BY_COLUMN, optimized=False) for each in (m_smem, l_smem)]
+            return *(_to_rows(each, POSITIONS) for each in stats), *values
 
         def new_token():
             """The partial result of the new position, which no tile holds."""
@@ -310,16 +332,15 @@ def _launch(
                     v_smem[...] = value.astype(dtype)
                 value = plgpu.layout_cast(lax.broadcast_in_dim(value, tile_shape, (0,)), MATRIX)
                 values.append(value if pack == 1 else jnp.where(rows + n * POSITIONS < width, value, 0.0))
-            ones = _zeros(*tile_shape) + 1.0 / POSITIONS
+            ones = _zeros(*tile_shape) + 1.0
             return _to_rows(scores, POSITIONS) * (LOG2_E * width**-0.5), ones, *values
 
         def finish(parts):
             _, l, *values = _merged(parts)
             sums_smem = out_smem if pack == 1 else smem["places_smem"]
-            total = _to_rows(jnp.sum(l, axis=0), POSITIONS)
             for n, value in enumerate(values):
                 chunk = pl.ds(unknown_zero + n * POSITIONS, POSITIONS)
-                out = (value / total).astype(sums_smem.dtype)
+                out = (value / l).astype(sums_smem.dtype)
                 sums_smem.at[:, chunk].T[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
             if pack > 1:
                 plgpu.commit_smem()
@@ -384,6 +405,9 @@ def _launch(
         sin_smem=plgpu.SMEM((half,), jnp.float32),
         q_smem=plgpu.SMEM((queries, width), dtype),
         p_smem=plgpu.SMEM((workers, pack, queries, POSITIONS), dtype),
+        s_smem=plgpu.SMEM((workers, pack, queries, POSITIONS), jnp.float32),
+        m_smem=plgpu.SMEM((workers * queries,), jnp.float32),
+        l_smem=plgpu.SMEM((workers * queries,), jnp.float32),
         scores_smem=plgpu.SMEM((queries,), jnp.float32),
         out_smem=plgpu.SMEM((queries, width), dtype),
         rows_full=plgpu.Barrier(num_arrivals=5 + len(weights) * (2 if norms_whole else 1)),
@@ -479,15 +503,10 @@ def _settings(group: int, width: int, *, splits: int, workers: int, resident: in
     """With a ring that fills a block's share of shared memory, if there is use for it."""
     queries, pack = pl.cdiv(group, 8) * 8, _pack(width)
     parts_bytes = (workers + splits - 2) * (pack * width + 2 * POSITIONS) * queries * 4
-    rows_bytes = queries * pack * (8 * width + 2 * workers * POSITIONS) + 16 * width
+    rows_bytes = queries * pack * (8 * width + 6 * workers * POSITIONS) + 16 * width
     share_bytes = SHARED_MEMORY_BYTES // resident - parts_bytes - rows_bytes - (12 << 10)
     stages = max(1, min(tiles, share_bytes // (4 * POSITIONS * pack * width)))
     return dict(splits=splits, workers=min(workers, stages), stages=stages)
-
-
-def shape_key(q_BQ, k_BKSH) -> str:
-    _, kv_heads, capacity, width = k_BKSH.shape
-    return f"N{q_BQ.shape[1] // width} K{kv_heads} H{width} S{capacity}"
 
 
 def _supports(
