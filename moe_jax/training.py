@@ -136,8 +136,8 @@ def logits(
     x_BTD = dropout(_embedded(module.embedding, tokens_BT))
     routings = []
     for layer in module.layers:
-        attended_BTD, _ = layer.attention.prefill(layer.attention_norm(x_BTD), tables, None)
-        x_BTD = x_BTD + dropout(attended_BTD)
+        attended_BTD, _ = layer.attention.prefill(x_BTD, layer.attention_norm, tables, None)
+        x_BTD = x_BTD + dropout(attended_BTD - x_BTD)
         normed_BTD = layer.feed_forward_norm(x_BTD)
         if isinstance(layer.feed_forward, MoE):
             fed_BTD, routing = layer.feed_forward(normed_BTD, implementation=DIFFERENTIABLE)

@@ -59,9 +59,8 @@ class DecoderLayer(nnx.Module):
 def add_feed_forward(x_BTD: jax.Array, norm: RMSNorm, feed_forward: MoE | MLP) -> tuple[jax.Array, Routing | None]:
     """The residual stream after a feed-forward part, and its routing if it is sparse."""
     if isinstance(feed_forward, MoE):
-        y_BTD, routing = feed_forward(norm(x_BTD))
-        return x_BTD + y_BTD, routing
-    return x_BTD + feed_forward(norm(x_BTD)), None
+        return feed_forward(x_BTD, norm=norm, residual_BTD=x_BTD)
+    return feed_forward(x_BTD, norm=norm, residual_BTD=x_BTD), None
 
 
 class CausalLM(nnx.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.layers.norm import RMSNorm
+from pallas_kernels import Activation, activate
 from pallas_kernels.matvec import has_kernel, matvec
 
 
@@ -40,8 +41,7 @@ def projected(
         raise ValueError(f"projected: expected one weight beside residual_BTO, got {len(weights)}")
     rows_TI = x_BTI.reshape(-1, x_BTI.shape[-1])
     named: dict[str, Any] = dict(
-        norm_weight_I=None if norm is None else norm.weight_D[...],
-        norm_epsilon=1e-6 if norm is None else norm.epsilon,
+        _norm_arguments(norm),
         bias_O=biases,
         residual_TO=None if residual_BTO is None else residual_BTO.reshape(-1, residual_BTO.shape[-1]),
     )
@@ -53,9 +53,27 @@ def projected(
     return results if residual_BTO is None else (residual_BTO + results[0],)
 
 
+def activated(
+    x_BTI: jax.Array, weight_GFI: jax.Array, activation: Activation, *, norm: RMSNorm | None = None
+) -> jax.Array:
+    """`act(gate @ norm(x)) * (up @ norm(x))` with G of 2, `act(up @ norm(x))` with G of 1; as `projected` in one launch."""
+    G, F, width = weight_GFI.shape
+    rows_TI = x_BTI.reshape(-1, width)
+    named: dict[str, Any] = dict(_norm_arguments(norm), activation=activation)
+    if has_kernel(rows_TI, weight_GFI, **named):
+        return matvec(rows_TI, weight_GFI, **named).reshape(*x_BTI.shape[:-1], F)
+    x_BTI = x_BTI if norm is None else norm(x_BTI)
+    up_BTGF = linear(x_BTI, weight_GFI.reshape(G * F, width)).reshape(*x_BTI.shape[:-1], G, F)
+    return activate(up_BTGF.astype(jnp.float32), activation, axis=x_BTI.ndim - 1).astype(x_BTI.dtype)
+
+
 def logits(x_XD: jax.Array, weight_VD: jax.Array) -> jax.Array:
     """`x @ weight.T` left in float32: vocabulary logits are not rounded to the model's dtype."""
     return _accumulated(x_XD, weight_VD, None)
+
+
+def _norm_arguments(norm: RMSNorm | None) -> dict[str, Any]:
+    return {} if norm is None else dict(norm_weight_I=norm.weight_D[...], norm_epsilon=norm.epsilon)
 
 
 def _accumulated(x_XI, weight_OI, bias_O):

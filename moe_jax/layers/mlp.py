@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.layers import parameter
-from moe_jax.layers.linear import linear
-from pallas_kernels import Activation, activate
+from moe_jax.layers.linear import activated, projected
+from moe_jax.layers.norm import RMSNorm
+from pallas_kernels import Activation
 
 
 class MLP(nnx.Module):
@@ -29,8 +30,9 @@ class MLP(nnx.Module):
         self.up_GFD = parameter.normal(rngs, (gates, hidden_width, width), (None, "mlp", "embed"), dtype)
         self.down_DF = parameter.normal(rngs, (width, hidden_width), ("embed", "mlp"), dtype)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        G, F, D = self.up_GFD.shape
-        up_BTGF = linear(x_BTD, self.up_GFD[...].reshape(G * F, D)).reshape(*x_BTD.shape[:-1], G, F)
-        hidden_BTF = activate(up_BTGF.astype(jnp.float32), self.activation, axis=x_BTD.ndim - 1)
-        return linear(hidden_BTF.astype(x_BTD.dtype), self.down_DF[...])
+    def __call__(
+        self, x_BTD: jax.Array, *, norm: RMSNorm | None = None, residual_BTD: jax.Array | None = None
+    ) -> jax.Array:
+        """`residual + mlp(norm(x))`, in two launches where few rows have kernels."""
+        hidden_BTF = activated(x_BTD, self.up_GFD[...], self.activation, norm=norm)
+        return projected(hidden_BTF, (self.down_DF[...],), residual_BTO=residual_BTD)[0]

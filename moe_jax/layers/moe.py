@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax import nnx
 from moe_jax.layers import parameter
 from moe_jax.layers.linear import linear
 from moe_jax.layers.mlp import MLP
+from moe_jax.layers.norm import RMSNorm
 from pallas_kernels import Activation, Routing, RoutingRule, experts, route
 
 DROPPED = -1
@@ -23,9 +25,10 @@ class SharedExpert(nnx.Module):
         self.mlp = MLP(width, hidden_width, activation=activation, dtype=dtype, rngs=rngs)
         self.gate_1D = parameter.normal(rngs, (1, width), (None, "embed"), dtype)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, *, residual_BTD: jax.Array | None = None) -> jax.Array:
         gate_BT1 = jax.nn.sigmoid(linear(x_BTD, self.gate_1D[...]).astype(jnp.float32))
-        return (gate_BT1 * self.mlp(x_BTD)).astype(x_BTD.dtype)
+        y_BTD = (gate_BT1 * self.mlp(x_BTD)).astype(x_BTD.dtype)
+        return y_BTD if residual_BTD is None else residual_BTD + y_BTD
 
 
 class MoE(nnx.Module):
@@ -57,22 +60,83 @@ class MoE(nnx.Module):
         self.up_EGFD = parameter.normal(rngs, (E, G, F, D), ("experts", None, "expert_mlp", "embed"), dtype)
         self.down_EDF = parameter.normal(rngs, (E, D, F), ("experts", "embed", "expert_mlp"), dtype)
         self.shared = shared
+        # Set where the model lies over several devices: a `sharding.Exchange`, by which tokens reach their experts.
+        self.exchange: Any = None
 
-    def __call__(self, x_BTD: jax.Array, *, implementation: str | None = None) -> tuple[jax.Array, Routing]:
-        """The layer's output and routing; `implementation` is that of `route` and of `experts`, None for the fastest."""
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        *,
+        norm: RMSNorm | None = None,
+        residual_BTD: jax.Array | None = None,
+        implementation: str | None = None,
+    ) -> tuple[jax.Array, Routing]:
+        """`residual + layer(norm(x))`, and its routing.
+
+        `implementation` is that of `route` and `experts`, None for the fastest.
+        """
         B, T, D = x_BTD.shape
+        if norm is not None and T > 1:  # only in a decode step is the norm part of the router's launch
+            x_BTD, norm = norm(x_BTD), None
         x_TD = x_BTD.reshape(B * T, D)
-        bias_E = None if self.gate_bias_E is None else self.gate_bias_E[...]
-        routing = route(x_TD, self.gate_ED[...], rule=self.rule, gate_bias_E=bias_E, implementation=implementation)
+        routing = self._routed(x_TD, norm, implementation, is_decode=T == 1)
+        if routing.normed_TD is not None:
+            x_TD = routing.normed_TD
         if self.capacity is not None:
             routing = dropped_over_capacity(routing, batch=B, capacity=self.capacity)
-        weights = (self.up_EGFD[...], self.down_EDF[...])
-        y_TD = experts(x_TD, routing, *weights, activation=self.activation, implementation=implementation)
-        y_BTD = y_TD.reshape(B, T, D)
         if self.shared is not None:
-            y_BTD = y_BTD + self.shared(x_BTD)
-        # What the router prepared for the kernels is of no use outside.
-        return y_BTD, dataclasses.replace(routing, plan=None, places=None)
+            residual_BTD = self.shared(x_TD.reshape(B, T, D), residual_BTD=residual_BTD)
+        residual_TD = None if residual_BTD is None else residual_BTD.reshape(B * T, D)
+        if self.exchange is not None:
+            return self._exchanged(x_TD, routing, residual_TD, shape=x_BTD.shape)
+        y_TD = experts(
+            x_TD,
+            routing,
+            self.up_EGFD[...],
+            self.down_EDF[...],
+            activation=self.activation,
+            residual_TD=residual_TD,
+            implementation=implementation,
+        )
+        # What the router prepared for the experts is of no use outside.
+        return y_TD.reshape(B, T, D), dataclasses.replace(routing, plan=None, places=None, normed_TD=None)
+
+    def _routed(self, x_TD, norm: RMSNorm | None, implementation: str | None, *, is_decode: bool) -> Routing:
+        named: dict[str, Any] = dict(rule=self.rule, implementation=implementation)
+        arrays: dict[str, jax.Array] = dict(gate_ED=self.gate_ED[...])
+        if self.gate_bias_E is not None:
+            arrays["gate_bias_E"] = self.gate_bias_E[...]
+        if norm is not None:
+            arrays["norm_weight_D"] = norm.weight_D[...]
+            named["norm_epsilon"] = norm.epsilon
+        if self.exchange is None:
+            return route(x_TD, **arrays, **named)
+
+        def routed(x_TD, arrays):
+            # What the router prepares is for all experts; a device has some of them.
+            return dataclasses.replace(route(x_TD, **arrays, **named), plan=None, places=None)
+
+        return self.exchange.tokenwise(routed, x_TD, arrays, is_decode=is_decode)
+
+    def _exchanged(self, x_TD, routing: Routing, residual_TD, *, shape) -> tuple[jax.Array, Routing]:
+        """The experts over several devices, by the exchange; choices that it dropped show expert -1."""
+
+        def on_one_device(x_TD, experts_TA, weights_TA, up_EGFD, down_EDF):
+            routing = Routing(weights_TA, experts_TA, jnp.zeros((len(x_TD), len(up_EGFD)), jnp.float32))
+            return experts(x_TD, routing, up_EGFD, down_EDF, activation=self.activation)
+
+        parameters = (self.up_EGFD, self.down_EDF)
+        y_TD, is_kept_TA = self.exchange.experts(
+            on_one_device,
+            x_TD,
+            routing.experts_TA,
+            routing.weights_TA,
+            *(each[...] for each in parameters),
+            dimensions=[each.get_metadata()["dimensions"] for each in parameters],
+            is_decode=shape[1] == 1,
+        )
+        y_TD = y_TD if residual_TD is None else residual_TD + y_TD
+        return y_TD.reshape(shape), dataclasses.replace(_keeping(routing, is_kept_TA), normed_TD=None)
 
 
 def dropped_over_capacity(routing: Routing, *, batch: int, capacity: int) -> Routing:
@@ -82,11 +146,15 @@ def dropped_over_capacity(routing: Routing, *, batch: int, capacity: int) -> Rou
     chosen_BXE = jax.nn.one_hot(experts_BX, num_experts, dtype=jnp.int32)
     rank_BX = jnp.take_along_axis(jnp.cumsum(chosen_BXE, axis=1), experts_BX[..., None], axis=2)[..., 0]
     is_kept_TA = (rank_BX <= capacity).reshape(routing.experts_TA.shape)
+    return _keeping(routing, is_kept_TA)
+
+
+def _keeping(routing: Routing, is_kept_TA: jax.Array) -> Routing:
     return dataclasses.replace(
         routing,
         weights_TA=jnp.where(is_kept_TA, routing.weights_TA, 0.0),
         experts_TA=jnp.where(is_kept_TA, routing.experts_TA, DROPPED),
-        # What the router prepared for the kernels still has the dropped ones: they prepare it anew.
+        # What the router prepared for the experts still has the dropped ones: they prepare it anew.
         plan=None,
         places=None,
     )

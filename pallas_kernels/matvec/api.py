@@ -64,9 +64,9 @@ def _tuple(arrays) -> tuple:
 
 
 def _implementations() -> tuple[dispatch.Implementation, ...]:
-    from pallas_kernels.matvec import reference
+    from pallas_kernels.matvec import mosaic_sm90, reference
 
-    return (reference.IMPLEMENTATION,)
+    return (mosaic_sm90.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
 def _check(x_TI, weights, norm_weight_I, biases, residual_TO, activation) -> None:
