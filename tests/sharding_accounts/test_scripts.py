@@ -1,0 +1,51 @@
+"""The scripts run: a small comparison at the levels that need no devices, with its table, lines and pictures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sharding.strategies import STRATEGIES
+
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "docs" / "pictures"
+
+
+def _run(*arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env={"PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("level", ["analytic", "jaxpr"])
+def test_comparing(level, tmp_path):
+    printed = _run(
+        "scripts/compare_sharding.py", "--model", "configs/mixtral-8x7b.json", "--devices", "8", "--batch", "16",
+        "--level", level, "--output", str(tmp_path),
+    )  # fmt: skip
+    assert "times are predicted" in printed
+    assert (
+        sum(line.startswith("* ") for line in printed.splitlines()) == 2
+    )  # one recommended for decode, one for prefill
+    rows = [json.loads(line) for line in (tmp_path / "mixtral-8x7b_h200.jsonl").read_text().splitlines()]
+    assert {row["level"] for row in rows if row["is_feasible"]} >= {level}
+    assert all(row["reason"] for row in rows if not row["is_feasible"])
+    best = [row for row in rows if row["is_recommended"]]
+    for row in best:
+        others = (each for each in rows if each["phase"] == row["phase"] and each["is_feasible"])
+        counted = [each["tokens_per_s_per_device"] for each in others if each["level"] == level]
+        assert row["tokens_per_s_per_device"] == max(counted)
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_drawing(tmp_path):
+    _run("scripts/draw_strategies.py", "--output", str(tmp_path))
+    drawn, kept = (sorted(path.name for path in folder.glob("strategy_*.svg")) for folder in (tmp_path, PICTURES))
+    assert drawn == kept == sorted(f"strategy_{name}.svg" for name in STRATEGIES)
