@@ -166,7 +166,7 @@ def generate(
     record = Record(logprobs=logprobs, routed_experts=routed_experts)
     leaves, programs = compiled_for(model, batch.filters, record)
     with status("Compiling and generating"), model.on_mesh():
-        cache = _empty_cache(programs, leaves, batch)
+        cache = _empty_cache(programs, leaves, batch, model.layout)
         if batch.stop_strings:
             state, prompt_trace = _generate_watching(model, programs, leaves, cache, batch)
         else:
@@ -420,14 +420,19 @@ def _stacked(routings: Sequence[Routing], batch: int) -> tuple[jax.Array, jax.Ar
     return stacked([each.experts_TA for each in routings]), stacked([each.weights_TA for each in routings])
 
 
-def _empty_cache(programs: Programs, leaves, batch: Batch) -> KVCache:
+def _empty_cache(programs: Programs, leaves, batch: Batch, layout: Layout | None) -> KVCache:
     make = functools.partial(programs.empty_cache, leaves, batch=len(batch.prompts), capacity=batch.capacity)
     memory.require(
-        jax.tree.leaves(jax.eval_shape(make)),
+        [_placed(leaf, layout) for leaf in jax.tree.leaves(jax.eval_shape(make))],
         what=f"the cache of {len(batch.prompts)} requests x {batch.capacity} positions",
         remedy="generate for fewer requests at once, or fewer max_new_tokens",
     )
     return make()
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, layout: Layout | None) -> jax.ShapeDtypeStruct:
+    sharding = None if layout is None else layout.cache_sharding(leaf.shape)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _generate_watching(model: Model, programs: Programs, leaves, cache, batch: Batch):
@@ -498,7 +503,7 @@ def _text(model: Model, tokens: np.ndarray) -> str:
 
 def _streamed(model: Model, batch: Batch, leaves, programs: Programs) -> Iterator[Piece]:
     with status("Compiling"), model.on_mesh():
-        cache = _empty_cache(programs, leaves, batch)
+        cache = _empty_cache(programs, leaves, batch, model.layout)
         state, _ = programs.prefill(
             leaves, cache, batch.tokens_BT, batch.lengths_B, batch.inputs, new_bucket=batch.new_bucket
         )

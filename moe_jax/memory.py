@@ -19,7 +19,7 @@ def require(leaves: Iterable[jax.ShapeDtypeStruct], *, what: str, remedy: str) -
       ValueError: with the arithmetic and the remedy.
     """
     values: dict[np.dtype, int] = {}
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     for leaf in leaves:
         shape = leaf.shape
         if leaf.sharding is not None:

@@ -88,12 +88,15 @@ class Layout:
         settle = lambda part: jax.tree.map(self._cached if is_cache(part) else self._replicated, part)  # noqa: E731
         return jax.tree.map(settle, tree, is_leaf=is_cache)
 
-    def _cached(self, x_BKSH: jax.Array) -> jax.Array:
-        """Keys or values `[B, K, S, H]`: requests over the axes of requests, heads over those of heads; or positions `[B]`."""
-        spec = [self.dividing(self.requests, x_BKSH.shape[0])]
-        if x_BKSH.ndim > 1:
-            spec.append(self.dividing(self.axes_of("kv_heads"), x_BKSH.shape[1]))
-        return lax.with_sharding_constraint(x_BKSH, NamedSharding(self.mesh, P(*(axes or None for axes in spec))))
+    def cache_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Of keys or values `[B, K, S, H]`, split by requests and by heads as far as they divide; or of positions `[B]`."""
+        axes = [self.dividing(self.requests, shape[0])]
+        if len(shape) > 1:
+            axes.append(self.dividing(self.axes_of("kv_heads"), shape[1]))
+        return NamedSharding(self.mesh, P(*(each or None for each in axes)))
+
+    def _cached(self, x_BX: jax.Array) -> jax.Array:
+        return lax.with_sharding_constraint(x_BX, self.cache_sharding(x_BX.shape))
 
     def _replicated(self, x: jax.Array) -> jax.Array:
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))

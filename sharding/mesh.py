@@ -12,7 +12,8 @@ def make_mesh(sizes: str | dict[str, int]) -> Mesh:
     """A mesh with the axes dp, ep and tp, from sizes like "ep=4,tp=2"; axes not named have size 1.
 
     Raises:
-      ValueError: an unknown axis, a size that is no positive number, or more devices than there are.
+      ValueError: an unknown axis, a size that is no positive number, more devices than there are, or, over several
+        processes, fewer than all.
     """
     if isinstance(sizes, str):
         sizes = _parsed(sizes)
@@ -27,6 +28,11 @@ def make_mesh(sizes: str | dict[str, int]) -> Mesh:
         raise ValueError(
             f"mesh: expected at most {jax.device_count()} devices, got {sizes}, which needs {needed}; "
             "JAX_NUM_CPU_DEVICES makes more of them on a CPU"
+        )
+    if jax.process_count() > 1 and needed != jax.device_count():
+        raise ValueError(
+            f"mesh: expected all {jax.device_count()} devices of the {jax.process_count()} processes, got {sizes}, which "
+            f"needs {needed}; choose sizes whose product is {jax.device_count()}"
         )
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=jax.devices()[:needed])
 
