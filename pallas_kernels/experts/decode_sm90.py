@@ -30,7 +30,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
 from pallas_kernels.experts.plan import decode_plan, padded_tokens
-from pallas_kernels.experts.reference import adding_residual
 from pallas_kernels.experts.streaming_sm90 import (
     COMPILER,
     PIECES,
@@ -44,10 +43,10 @@ from pallas_kernels.experts.streaming_sm90 import (
 from pallas_kernels.route.api import NUM_SIGNALS, DecodePlan, Routing
 
 NAME = "decode"
+ADDENDS = {"down_bias", "residual"}  # of the down phase
 MOST_TOKENS = 32  # with 33 to 64, `compact` was 3 to 10 % faster in every layer but narrow ones, where they were equal
 
 
-@adding_residual
 def experts(
     x_TD,
     routing: Routing,
@@ -57,6 +56,7 @@ def experts(
     activation,
     up_bias_EGF=None,
     down_bias_ED=None,
+    residual_TD=None,
     first_expert=0,
     settings: dict[str, Any] | None = None,
 ):
@@ -76,6 +76,7 @@ def experts(
         down_EDF,
         up_bias_EGF,
         down_bias_ED,
+        residual_TD,
         activation=activation,
         most_active=min(num_experts, routing.experts_TA.size),
         depth=settings["depth"],
@@ -92,20 +93,24 @@ def _experts(
     down_EDF,
     up_bias_EGF,
     down_bias_ED,
+    residual_TD,
     *,
     num_sms,
     **static,
 ):
     num_tokens, padded = x_TD.shape[0], plan.combine_ET.shape[1]
     if num_tokens > 8 and num_tokens % 8:  # copies fill up fewer than 8 rows with zeros, or whole eights
-        x_TD = jnp.pad(x_TD, ((0, padded - num_tokens), (0, 0)))
+        pad = functools.partial(jnp.pad, pad_width=((0, padded - num_tokens), (0, 0)))
+        x_TD, residual_TD = jax.tree.map(pad, (x_TD, residual_TD))
     bias_TD = None
     if down_bias_ED is not None:
         bias_TD = jnp.einsum("ET,ED->TD", plan.combine_ET, down_bias_ED, precision=lax.Precision.HIGHEST)
     signals = None
     if num_sms > 1:
         signals = jax.new_ref(jnp.zeros((NUM_SIGNALS,), jnp.int32) if plan.signals is None else plan.signals)
-    y_TD = _launch(x_TD, plan, up_EGFD, up_bias_EGF, down_EDF, bias_TD, signals, num_blocks=num_sms, **static)
+    y_TD = _launch(
+        x_TD, plan, up_EGFD, up_bias_EGF, down_EDF, bias_TD, residual_TD, signals, num_blocks=num_sms, **static
+    )
     return y_TD[:num_tokens]
 
 
@@ -116,6 +121,7 @@ def _launch(
     up_bias_EGF,
     down_EDF,
     bias_TD,
+    residual_TD,
     signals,
     *,
     activation,
@@ -302,18 +308,26 @@ def _launch(
             return [pl.ds(tile * down_weights.rows + n * ROWS, ROWS) for n in range(PIECES)]
 
         def prepare_down(tile, is_mine):
-            if "down_bias" in inputs:
+            for name in sorted(ADDENDS & inputs.keys()):
 
                 @pl.when(is_mine)
-                def _load_bias():
+                def _load(name=name):
                     for n, columns in enumerate(columns_of_y(tile)):
-                        bias_gmem, bias_smem = inputs["down_bias"].at[:, columns], scratch["down_bias_smem"].at[n]
-                        plgpu.copy_gmem_to_smem(bias_gmem, bias_smem, scratch["down_bias_full"])
+                        addend_gmem, addend_smem = (
+                            inputs[name].at[_whole(tokens), columns],
+                            scratch[name + "_smem"].at[n],
+                        )
+                        plgpu.copy_gmem_to_smem(addend_gmem, addend_smem, scratch[name + "_full"])
 
         def finish_down(tile, parts, _):
+            def add(name, parts):
+                plgpu.barrier_wait(scratch[name + "_full"])
+                return [part + _load_transposed(scratch[name + "_smem"].at[n]) for n, part in enumerate(parts)]
+
             if "down_bias" in inputs:
-                plgpu.barrier_wait(scratch["down_bias_full"])
-                parts = [part + _load_transposed(scratch["down_bias_smem"].at[n]) for n, part in enumerate(parts)]
+                parts = add("down_bias", parts)
+            if "residual" in inputs:
+                parts = add("residual", [part.astype(out_smem.dtype).astype(part.dtype) for part in parts])
             store(parts, [y_gmem.at[_whole(tokens), columns] for columns in columns_of_y(tile)])
 
         @pl.when(lax.axis_index("warpgroup") == 0)
@@ -345,12 +359,11 @@ def _launch(
         scratch |= dict(
             up_bias_smem=plgpu.SMEM((PIECES, ROWS), up_bias_EGF.dtype), up_bias_full=plgpu.Barrier(num_arrivals=PIECES)
         )
-    if bias_TD is not None:
-        optional["down_bias"] = bias_TD
-        scratch |= dict(
-            down_bias_smem=plgpu.SMEM((PIECES, tokens, ROWS), bias_TD.dtype),
-            down_bias_full=plgpu.Barrier(num_arrivals=PIECES),
-        )
+    for name, addend_TD in (("down_bias", bias_TD), ("residual", residual_TD)):
+        if addend_TD is not None:
+            optional[name] = addend_TD
+            scratch[name + "_smem"] = plgpu.SMEM((PIECES, tokens, ROWS), addend_TD.dtype)
+            scratch[name + "_full"] = plgpu.Barrier(num_arrivals=PIECES)
     out_types = (
         jax.ShapeDtypeStruct((most_active, tokens, width), dtype),  # hidden values by place in `plan.active_E`
         jax.ShapeDtypeStruct((num_tokens, model_width), dtype),
@@ -419,7 +432,7 @@ def _load_partial(partial_gmem):
 
 def _load_transposed(tile_smem):
     tile_RT = plgpu.load(tile_smem.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-    return plgpu.layout_cast(tile_RT, plgpu.Layout.WGMMA)
+    return plgpu.layout_cast(tile_RT, plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
 def _signal(signal_gmem) -> None:
@@ -458,7 +471,7 @@ def default_settings(x_TD) -> dict[str, int]:
 
 def _settings(depth: int, tokens: int) -> dict[str, int]:
     slot_bytes = 2 * depth * (PIECES * ROWS + tokens)
-    other_bytes = PIECES * ROWS * tokens * (2 + 4)  # results on their way out, biases on their way in
+    other_bytes = PIECES * ROWS * tokens * (2 + 4 + 2)  # results on their way out, biases and residual on their way in
     return dict(depth=depth, stages=((222 << 10) - other_bytes) // slot_bytes)
 
 

@@ -2,7 +2,8 @@
 
 The gate's columns are dealt out to the blocks of the cluster, so that together they read it quickly. Each multiplies its
 columns by the tokens' (the gate is `wgmma`'s A, the tokens are N) and pushes the partial logits into the shared memory of
-the block that owns the tokens: groups of eight, one owner each. The owner adds the parts in a fixed order.
+the block that owns the tokens: groups of eight, one owner each. The owner adds the parts in a fixed order. An RMSNorm in
+front costs an exchange of sums of squares, while the gate is on its way.
 
 Choosing needs neither a sort nor a loop over the choices. A warpgroup has one token; an expert's rank is the number of
 experts that beat it, counted on a 64 x 64 tile of comparisons at a time: E squared comparisons, but no chain of
@@ -30,13 +31,15 @@ from pallas_kernels.route.api import NUM_SIGNALS, DecodePlan, Routing, RoutingRu
 
 MAX_TOKENS = 64
 MAX_EXPERTS = 384
+MAX_EXPERTS_BESIDE_NORM = (
+    128  # with more, registers spill when the kernel normalises as well: XLA does it in a launch before
+)
 TILE = 64  # rows of a wgmma operand; columns of 128 bytes
 GROUP = 8  # tokens that one block owns
-# Clusters of 8 are the largest portable ones and up to 1.3 us faster. Those of 2 have been compared with the definition on a
-# GPU, in all cases; larger ones only timed there.
-MAX_BLOCKS = 2
+MAX_BLOCKS = 8  # the largest portable cluster
 LEAST_SMS = 8  # fewer are the interpreter's, which has no access to the shared memory of other blocks
-STAGE_BYTES = 96 * 1024  # of the ring that the gate streams through
+RING_BYTES = 96 * 1024  # at most, of the ring that the gate streams through
+SHARED_BYTES = 224 * 1024  # of a block; barriers and alignment take the rest
 
 _OPERAND = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(128))
 _PART = (plgpu.TilingTransform((8, GROUP)), plgpu.SwizzleTransform(32))
@@ -53,6 +56,7 @@ class _Sizes:
     rows: int
     width: int
     blocks: int
+    has_norm: bool
 
     @property
     def token_tile(self) -> int:
@@ -108,15 +112,43 @@ class _Sizes:
         return len({owner for group in range(self.groups) for owner in self.owners(group)})
 
     @property
+    def steps(self) -> int:
+        """Tiles of the width that a block multiplies, at most."""
+        return pl.cdiv(self.width_tiles, self.blocks)
+
+    @property
     def stages(self) -> int:
-        stage_bytes = 2 * TILE * (self.tiles * TILE + self.token_tile)
-        return max(2, min(pl.cdiv(self.width_tiles, self.blocks), STAGE_BYTES // stage_bytes))
+        ring_bytes = min(RING_BYTES, SHARED_BYTES - self.other_bytes)
+        return min(self.steps, ring_bytes // (2 * self.tiles * TILE * TILE))
+
+    @property
+    def other_bytes(self) -> int:
+        """Shared memory beside the ring."""
+        tokens_bytes = 2 * self.steps * self.token_tile * TILE
+        parts_bytes = 4 * self.owned * self.blocks * self.tiles * TILE * GROUP
+        choice_bytes = 4 * self.tiles * TILE * (2 * self.owned * GROUP + _Choice.NUM_SCORES * self.workers + 4)
+        flags_bytes = 4 * self.blocks * TILE * GROUP
+        norm_bytes = 4 * TILE * (TILE + self.workers) if self.has_norm else 0
+        return tokens_bytes + parts_bytes + choice_bytes + flags_bytes + norm_bytes + 8 * TILE * self.workers
 
 
-@reference.normalising
-def route(x_TD, gate_ED, *, rule: RoutingRule, gate_bias_E=None, selection_bias_E=None) -> Routing:
+def route(
+    x_TD,
+    gate_ED,
+    *,
+    rule: RoutingRule,
+    gate_bias_E=None,
+    selection_bias_E=None,
+    norm_weight_D=None,
+    norm_epsilon: float = 1e-6,
+) -> Routing:
+    if norm_weight_D is not None and gate_ED.shape[0] > MAX_EXPERTS_BESIDE_NORM:
+        biases = dict(gate_bias_E=gate_bias_E, selection_bias_E=selection_bias_E)
+        norm = dict(norm_weight_D=norm_weight_D, norm_epsilon=norm_epsilon)
+        return reference.normalising(route)(x_TD, gate_ED, rule=rule, **biases, **norm)
     blocks = _blocks(dispatch.current_device().num_sms, x_TD.shape[1] // TILE)
-    return _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, rule=rule, blocks=blocks)
+    arrays = (x_TD, gate_ED, gate_bias_E, selection_bias_E, norm_weight_D)
+    return _route(*arrays, rule=rule, norm_epsilon=norm_epsilon, blocks=blocks)
 
 
 def _blocks(num_sms: int, width_tiles: int) -> int:
@@ -126,16 +158,18 @@ def _blocks(num_sms: int, width_tiles: int) -> int:
     return min(MAX_BLOCKS, 1 << (width_tiles.bit_length() - 1))
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "blocks"))
-def _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, *, rule: RoutingRule, blocks: int) -> Routing:
-    (num_tokens, width), num_experts = x_TD.shape, gate_ED.shape[0]
+@functools.partial(jax.jit, static_argnames=("rule", "norm_epsilon", "blocks"))
+def _route(
+    x_TD, gate_ED, gate_bias_E, selection_bias_E, norm_weight_D, *, rule: RoutingRule, norm_epsilon: float, blocks: int
+) -> Routing:
+    sizes = _sizes(x_TD, gate_ED, blocks, has_norm=norm_weight_D is not None)
+    num_tokens, num_experts = sizes.tokens, sizes.experts
     x_TD, gate_ED = _rows_for_tma(x_TD), _rows_for_tma(gate_ED)
-    rows = gate_ED.shape[0]
-    sizes = _Sizes(num_tokens, num_experts, rows, width, blocks)
     biases = {"gate": gate_bias_E, "selection": selection_bias_E}
     biases = {name: bias_E.astype(jnp.float32) for name, bias_E in biases.items() if bias_E is not None}
-    weights_TA, experts_TA, logits_TE, combine_ET, active_E, num_active, signals = plgpu.kernel(
-        functools.partial(_route_kernel, sizes=sizes, rule=rule, bias_names=tuple(biases)),
+    norm_arrays = () if norm_weight_D is None else (norm_weight_D,)
+    weights_TA, experts_TA, logits_TE, combine_ET, active_E, num_active, signals, *normed_TD = plgpu.kernel(
+        functools.partial(_route_kernel, sizes=sizes, rule=rule, norm_epsilon=norm_epsilon, bias_names=tuple(biases)),
         out_type=(
             jax.ShapeDtypeStruct((num_tokens, rule.top_k), jnp.float32),
             jax.ShapeDtypeStruct((num_tokens, rule.top_k), jnp.int32),
@@ -144,6 +178,7 @@ def _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, *, rule: RoutingRule, b
             jax.ShapeDtypeStruct((num_experts,), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
             jax.ShapeDtypeStruct((NUM_SIGNALS,), jnp.int32),
+            *(jax.ShapeDtypeStruct(x_TD.shape, x_TD.dtype) for _ in norm_arrays),
         ),
         cluster=(blocks,),
         cluster_names=("block",),
@@ -152,8 +187,15 @@ def _route(x_TD, gate_ED, gate_bias_E, selection_bias_E, *, rule: RoutingRule, b
         kernel_name="route_decode",
         scratch_types=_scratch(sizes, num_biases=len(biases)),
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(x_TD, gate_ED, *biases.values())
-    return Routing(weights_TA, experts_TA, logits_TE, DecodePlan(combine_ET, active_E, num_active, signals))
+    )(x_TD, gate_ED, *norm_arrays, *biases.values())
+    plan = DecodePlan(combine_ET, active_E, num_active, signals)
+    return Routing(weights_TA, experts_TA, logits_TE, plan, normed_TD=normed_TD[0][:num_tokens] if normed_TD else None)
+
+
+def _sizes(x_TD, gate_ED, blocks: int, *, has_norm: bool) -> _Sizes:
+    (num_tokens, width), num_experts = x_TD.shape, gate_ED.shape[0]
+    rows = num_experts if num_experts < 8 else num_experts + -num_experts % 8
+    return _Sizes(num_tokens, num_experts, rows, width, blocks, has_norm)
 
 
 def _rows_for_tma(array_RD: jax.Array) -> jax.Array:
@@ -166,28 +208,47 @@ def _scratch(sizes: _Sizes, *, num_biases: int) -> dict[str, Any]:
     tiles, stages, owned = sizes.tiles, sizes.stages, sizes.owned
     return dict(
         gate_smem=plgpu.SMEM((stages, tiles, TILE, TILE), jnp.bfloat16, transforms=_OPERAND),
-        x_smem=plgpu.SMEM((stages, sizes.token_tile, TILE), jnp.bfloat16, transforms=_OPERAND),
+        x_smem=plgpu.SMEM((sizes.steps, sizes.token_tile, TILE), jnp.bfloat16, transforms=_OPERAND),
         bias_smem=plgpu.SMEM((max(1, num_biases), tiles, TILE), jnp.float32),
         parts_smem=plgpu.SMEM((owned, sizes.blocks, tiles, TILE, GROUP), jnp.float32, transforms=_PART),
         logits_smem=plgpu.SMEM((owned, tiles, GROUP, TILE), jnp.float32),
         ranks_smem=plgpu.SMEM((owned, tiles, GROUP, TILE), jnp.int32),
+        # For each block: its sums of squares, and once the tokens are normalised, the experts that its tokens chose.
         flags_smem=plgpu.SMEM((sizes.blocks, TILE, GROUP), jnp.float32, transforms=_PART),
         # One token's numbers on their way from rows to columns, for each worker.
         scores_smem=plgpu.SMEM((sizes.workers, _Choice.NUM_SCORES, tiles, TILE), jnp.float32),
         chosen_weights_smem=plgpu.SMEM((sizes.workers, TILE), jnp.float32),
         chosen_experts_smem=plgpu.SMEM((sizes.workers, TILE), jnp.int32),
         counts_smem=plgpu.SMEM((2, tiles * TILE), jnp.int32),
-        full=plgpu.Barrier(num_arrivals=tiles + 1, num_barriers=stages),
+        full=plgpu.Barrier(num_arrivals=tiles, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=sizes.multipliers, num_barriers=stages),
+        x_loaded=plgpu.Barrier(num_arrivals=1, num_barriers=sizes.steps),
         biases_loaded=plgpu.Barrier(num_arrivals=max(1, num_biases * tiles)),
         parts_received=plgpu.Barrier(num_arrivals=owned * sizes.blocks * tiles),
         logits_done=plgpu.Barrier(num_arrivals=sizes.workers),
         tokens_done=plgpu.Barrier(num_arrivals=sizes.workers),
         flags_received=plgpu.Barrier(num_arrivals=max(1, sizes.choosers - 1)),
+        **(_norm_scratch(sizes) if sizes.has_norm else {}),
     )
 
 
-def _route_kernel(x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, bias_names: tuple[str, ...], **scratch):
+def _norm_scratch(sizes: _Sizes) -> dict[str, Any]:
+    return dict(
+        squares_smem=plgpu.SMEM(
+            (TILE, TILE), jnp.float32
+        ),  # rows of tokens, summed over the block's tiles of the width
+        inverse_smem=plgpu.SMEM((sizes.workers, TILE), jnp.float32),
+        sums_received=plgpu.Barrier(num_arrivals=sizes.blocks),
+        x_normed=plgpu.Barrier(num_arrivals=sizes.workers),
+    )
+
+
+def _route_kernel(
+    x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, norm_epsilon: float, bias_names: tuple[str, ...],
+    **scratch,
+):  # fmt: skip
+    if sizes.has_norm:
+        norm_weight_gmem, *refs, normed_gmem = refs
     bias_gmems, outputs = refs[: len(bias_names)], refs[len(bias_names) :]
     *choice_gmems, active_gmem, num_active_gmem, signals_gmem = outputs
     smem = types.SimpleNamespace(**scratch)
@@ -207,6 +268,12 @@ def _route_kernel(x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, bi
     def _():
         zeros = jnp.zeros((NUM_SIGNALS,), jnp.int32)
         signals_gmem[...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((NUM_SIGNALS,), vec_size=4))
+
+    if sizes.has_norm:
+
+        @pl.when(warpgroup < sizes.workers)
+        def _():
+            _normalise(sizes, norm_epsilon, smem, block, warpgroup, norm_weight_gmem, normed_gmem)
 
     @pl.when(warpgroup < sizes.multipliers)
     def _():
@@ -239,6 +306,8 @@ def _route_kernel(x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, bi
                 choice.choose_nothing(owned, place, token)
 
         plgpu.barrier_arrive(smem.tokens_done)
+        if sizes.has_norm:
+            plgpu.wait_smem_to_gmem(0)
 
     @pl.when((warpgroup == 0) & has_tokens)
     def _():
@@ -261,26 +330,96 @@ def _load(sizes: _Sizes, x_gmem, gate_gmem, bias_gmems, smem, block) -> None:
 
     @pl.loop(0, _num_steps(sizes, block))
     def _(step):
-        slot, columns = lax.rem(step, sizes.stages), pl.ds((block + step * sizes.blocks) * TILE, TILE)
+        source = x_gmem.at[_all_tokens(sizes), _columns(sizes, block, step)]
+        plgpu.copy_gmem_to_smem(source, smem.x_smem.at[step], smem.x_loaded.at[step])
+
+    @pl.loop(0, _num_steps(sizes, block))
+    def _(step):
+        slot = lax.rem(step, sizes.stages)
 
         @pl.when(step >= sizes.stages)
         def _():
             plgpu.barrier_wait(smem.empty.at[slot])
 
         for i in range(sizes.tiles):
-            source = gate_gmem.at[pl.ds(_traced(i * TILE), TILE), columns]
+            source = gate_gmem.at[pl.ds(_traced(i * TILE), TILE), _columns(sizes, block, step)]
             plgpu.copy_gmem_to_smem(source, smem.gate_smem.at[slot, i], smem.full.at[slot])
-        source = x_gmem.at[pl.ds(_traced(0), sizes.token_tile), columns]
-        plgpu.copy_gmem_to_smem(source, smem.x_smem.at[slot], smem.full.at[slot])
 
 
 def _num_steps(sizes: _Sizes, block):
     return (sizes.width_tiles - block + sizes.blocks - 1) // sizes.blocks
 
 
+def _columns(sizes: _Sizes, block, step):
+    return pl.ds((block + step * sizes.blocks) * TILE, TILE)
+
+
+def _all_tokens(sizes: _Sizes):
+    return pl.ds(_traced(0), sizes.token_tile)
+
+
 def _traced(start: int):
     """A start that Pallas does not compare with the array's size: TMA fills what lies outside with zeros."""
     return lax.axis_index("block") * 0 + start
+
+
+def _normalise(sizes: _Sizes, epsilon: float, smem, block, warpgroup, weight_gmem, normed_gmem) -> None:
+    """Replaces the block's columns of the tokens by normalised ones, and writes them."""
+    num_steps = _num_steps(sizes, block)
+
+    @pl.when(warpgroup == 0)
+    def _():
+        total = _sum_of_squares(sizes, smem, num_steps)
+        for other in range(sizes.blocks):
+            _push(sizes, total, smem.flags_smem.at[block], smem.sums_received, other)
+
+    plgpu.barrier_wait(smem.sums_received)
+    totals = functools.reduce(jnp.add, [smem.flags_smem[other] for other in range(sizes.blocks)])
+    inverse_smem = smem.inverse_smem.at[warpgroup]
+    inverse_smem[...] = lax.rsqrt(jnp.max(totals, axis=1) / sizes.width + epsilon)
+    inverse_T = plgpu.load(inverse_smem.at[pl.ds(0, sizes.token_tile)], layout=COLUMNS, optimized=False)
+
+    @pl.loop(warpgroup, num_steps, step=sizes.workers)
+    def _(step):
+        columns = _columns(sizes, block, step)
+
+        @pl.when(warpgroup > 0)  # the first one has waited: a second time would be for the next load
+        def _():
+            plgpu.barrier_wait(smem.x_loaded.at[step])
+
+        weight_D = plgpu.load(weight_gmem.at[columns], layout=ROWS, optimized=False).astype(jnp.float32)
+        x_DT = _load_transposed(smem.x_smem.at[step])
+        inverse_DT, weight_DT = (
+            lax.broadcast_in_dim(vector, x_DT.shape, (dim,)) for vector, dim in ((inverse_T, 1), (weight_D, 0))
+        )
+        normed_DT = (x_DT * inverse_DT * weight_DT).astype(jnp.bfloat16)
+        smem.x_smem.at[step].T[...] = plgpu.layout_cast(normed_DT, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(smem.x_smem.at[step], normed_gmem.at[_all_tokens(sizes), columns])
+
+    plgpu.barrier_arrive(smem.x_normed)
+    plgpu.barrier_wait(smem.x_normed)
+
+
+def _sum_of_squares(sizes: _Sizes, smem, num_steps):
+    """Each token's, over the block's columns: `[64, 8]`, a row for each token, all of it the same number."""
+
+    def add(step, total):
+        plgpu.barrier_wait(smem.x_loaded.at[step])
+        x_DT = _load_transposed(smem.x_smem.at[step])
+        return total + x_DT * x_DT
+
+    zeros = plgpu.layout_cast(jnp.zeros((TILE, sizes.token_tile), jnp.float32), plgpu.Layout.WGMMA)
+    squares_DT = lax.fori_loop(0, num_steps, add, zeros)
+    target = smem.squares_smem.at[pl.ds(0, sizes.token_tile)]
+    target.T[...] = plgpu.layout_cast(squares_DT, plgpu.Layout.WGMMA_TRANSPOSED)
+    squares_TD = plgpu.load(smem.squares_smem, layout=plgpu.Layout.WGMMA, optimized=False)
+    return lax.broadcast_in_dim(jnp.sum(squares_TD, axis=1), (TILE, GROUP), (0,))
+
+
+def _load_transposed(tile_smem):
+    tile = plgpu.load(tile_smem.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+    return plgpu.layout_cast(tile, plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
 def _multiply(sizes: _Sizes, smem, block, warpgroup) -> None:
@@ -292,9 +431,11 @@ def _multiply(sizes: _Sizes, smem, block, warpgroup) -> None:
         def _(step):
             slot = lax.rem(step, sizes.stages)
             plgpu.barrier_wait(smem.full.at[slot])
+            if not sizes.has_norm:
+                plgpu.barrier_wait(smem.x_loaded.at[step])
             for turn, acc in enumerate(accumulators):
                 tile = lax.min(warpgroup + turn * sizes.workers, sizes.tiles - 1)
-                plgpu.wgmma(acc, smem.gate_smem.at[slot, tile], smem.x_smem.at[slot].T)
+                plgpu.wgmma(acc, smem.gate_smem.at[slot, tile], smem.x_smem.at[step].T)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(smem.empty.at[slot])
 
@@ -650,18 +791,19 @@ def _write_active(sizes: _Sizes, smem, flags, active_gmem, num_active_gmem) -> N
 def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, **arguments):
     num_tokens, width = x_TD.shape
     num_experts = gate_ED.shape[0]
+    has_norm = arguments.get("norm_weight_D") is not None and num_experts <= MAX_EXPERTS_BESIDE_NORM
     if not device.is_hopper:
         return f"it is written for Hopper GPUs, not for {device.platform} {device.kind}"
     if num_tokens > MAX_TOKENS:
         return f"it routes up to {MAX_TOKENS} tokens at a time, not {num_tokens}"
-    if num_tokens > MAX_TOKENS // 2 and num_experts >= 4 * TILE:
-        return f"it has shared memory for {MAX_TOKENS // 2} tokens with {4 * TILE} experts or more, not {num_tokens}"
     if num_experts > MAX_EXPERTS:
         return f"it chooses among up to {MAX_EXPERTS} experts, not {num_experts}"
     if rule.top_k > TILE:
         return f"it chooses up to {TILE} experts per token, not {rule.top_k}"
     if width % TILE:
         return f"the model width {width} is not a multiple of {TILE}"
+    if _sizes(x_TD, gate_ED, _blocks(device.num_sms, width // TILE), has_norm=has_norm).stages < 1:
+        return f"{num_tokens} tokens and {num_experts} experts seen from a width of {width} exceed shared memory"
     if x_TD.dtype != jnp.bfloat16 or gate_ED.dtype != jnp.bfloat16:
         return f"it multiplies bfloat16, not {x_TD.dtype} by {gate_ED.dtype}"
     if rule.dtype != "float32":

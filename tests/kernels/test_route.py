@@ -83,7 +83,6 @@ def test_prefill_kernel_compiles(name: str) -> None:
     ("tokens", "experts", "rule", "dtype", "reason"),
     [
         (65, 64, RoutingRule(8), "bfloat16", "64 tokens"),
-        (33, 384, RoutingRule(8), "bfloat16", "32 tokens"),
         (8, 385, RoutingRule(8), "bfloat16", "384 experts"),
         (8, 64, RoutingRule(8, dtype="bfloat16"), "bfloat16", "scores are float32"),
         (8, 64, RoutingRule(8), "float32", "multiplies bfloat16"),
@@ -96,6 +95,14 @@ def test_decode_kernel_says_what_it_cannot(
     answer = decode_sm90.IMPLEMENTATION.supports(H200, x_TD, gate_ED, rule=rule)
     assert answer is not None
     assert reason in answer
+
+
+def test_decode_kernel_refuses_what_exceeds_shared_memory() -> None:
+    x_TD, gate_ED = jnp.zeros((64, 7168), "bfloat16"), jnp.zeros((256, 7168), "bfloat16")
+    assert decode_sm90.IMPLEMENTATION.supports(H200, x_TD[:32], gate_ED, rule=RoutingRule(8)) is None
+    answer = decode_sm90.IMPLEMENTATION.supports(H200, x_TD, gate_ED, rule=RoutingRule(8))
+    assert answer is not None
+    assert "shared memory" in answer
 
 
 def test_prefill_kernel_refuses_groups_that_straddle_warpgroups() -> None:
