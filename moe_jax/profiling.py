@@ -6,91 +6,139 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from moe_jax import models
-from moe_jax.generate import Batch, Record, State, checked, compiled_for
+from moe_jax.generate import NO_TOKEN, Batch, Record, State, checked, compiled_for
 from moe_jax.kv_cache import KVCache
 from moe_jax.model import Model, abstract_parameters
 from pallas_kernels import timing
 
+CACHE_POSITIONS = 1024  # of a cache whose bytes are divided by them
 FIRST_STEP = 32  # steps before it are not counted in the time per token
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateProgram:
-    """Prefill and decoding of one batch, compiled. How many tokens it makes is an input, up to `batch.new_bucket`.
+    """Prefill and decoding of one batch, compiled. How many tokens they make is an input, up to `batch.new_bucket`.
 
-    One for a single new token only prefills. `compile_s` is tracing, lowering and compiling; `temporary_bytes` is
-    device memory beside parameters and cache.
+    `traced` decodes too, and records the experts of every step; it and `advance` are there if they were asked for.
+    `compile_s` is tracing, lowering and compiling prefill and advance; `temporary_bytes` is the device memory that the
+    greedier of the two takes beside parameters, cache and state.
     """
 
     batch: Batch
-    compiled: jax.stages.Compiled
-    empty_cache: Any
+    prefill: jax.stages.Compiled
+    advance: jax.stages.Compiled | None
+    traced: jax.stages.Compiled | None
+    empty_cache: Callable[..., KVCache]
+    trace_buffers: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct] | None
     compile_s: float
-    temporary_bytes: int
+
+    @property
+    def temporary_bytes(self) -> int:
+        memories = [each.memory_analysis() for each in (self.prefill, self.advance) if each is not None]
+        return max(memory.temp_size_in_bytes if memory else 0 for memory in memories)
 
     def new_cache(self, leaves: Sequence[jax.Array]) -> KVCache:
         return self.empty_cache(tuple(leaves), batch=len(self.batch.prompts), capacity=self.batch.capacity)
 
     def run(self, leaves: Sequence[jax.Array], cache: KVCache, tokens: int) -> tuple[float, State]:
         """Seconds of prefill and `tokens` new tokens of each request, and the state after them. Uses up the cache."""
-        batch = self.batch
         begin_s = time.perf_counter()
-        limit = (np.int32(tokens),) if batch.max_new_tokens > 1 else ()
-        state, _ = self.compiled(tuple(leaves), cache, batch.tokens_BT, batch.lengths_B, batch.inputs, *limit)
+        state = self._prefilled(leaves, cache)
+        if tokens > 1:
+            assert self.advance is not None
+            state = self._advanced(self.advance, leaves, state, tokens)
         jax.block_until_ready(state)
         return time.perf_counter() - begin_s, state
 
+    def traced_experts(self, leaves: Sequence[jax.Array], cache: KVCache, tokens: int) -> np.ndarray:
+        """`[B, L, U, A]`: the experts of every new token but the first, whose are -1."""
+        assert self.traced is not None and self.trace_buffers is not None
+        experts, weights = self.trace_buffers
+        state = dataclasses.replace(
+            self._prefilled(leaves, cache),
+            experts_BLUA=jnp.full(experts.shape, NO_TOKEN, experts.dtype),
+            weights_BLUA=jnp.zeros(weights.shape, weights.dtype),
+        )
+        return np.asarray(self._advanced(self.traced, leaves, state, tokens).experts_BLUA)[:, :, :tokens]
 
-@dataclasses.dataclass(frozen=True)
-class Lowered:
-    """A traced program on its way to a `GenerateProgram`; compiling it needs no Python and can go on in a thread."""
+    def _prefilled(self, leaves, cache) -> State:
+        return self.prefill(tuple(leaves), cache, self.batch.tokens_BT, self.batch.lengths_B, self.batch.inputs)[0]
 
-    batch: Batch
-    lowered: jax.stages.Lowered
-    empty_cache: Any
-    lower_s: float
-
-    def compile(self, compiler_options: Mapping[str, Any] | None = None) -> GenerateProgram:
-        begin_s = time.perf_counter()
-        compiled = self.lowered.compile(compiler_options=dict(compiler_options) if compiler_options else None)
-        memory = compiled.memory_analysis()
-        return GenerateProgram(
-            batch=self.batch,
-            compiled=compiled,
-            empty_cache=self.empty_cache,
-            compile_s=self.lower_s + time.perf_counter() - begin_s,
-            temporary_bytes=0 if memory is None else memory.temp_size_in_bytes,
+    def _advanced(self, program: jax.stages.Compiled, leaves, state: State, tokens: int) -> State:
+        return program(
+            tuple(leaves), state, self.batch.inputs, np.int32(tokens), np.zeros(len(self.batch.prompts), bool)
         )
 
 
-def lower_generate(
-    model: Model, *, batch: int, prompt: int, new_tokens: int, record: Record | None = None, seed: int = 0
-) -> Lowered:
-    """Traces `generate` for greedy requests with random prompts. The model may be abstract: only shapes are read."""
+def compile_generate(
+    model: Model,
+    *,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    traces: bool = False,
+    prefill_options: Mapping[str, Any] | None = None,
+    advance_options: Mapping[str, Any] | None = None,
+) -> GenerateProgram:
+    """Compiles what greedy requests with random prompts need. The model may be abstract: only shapes are read.
+
+    Args:
+      new_tokens: with 1, only prefill is compiled.
+      traces: also compile what records experts.
+      prefill_options, advance_options: of XLA, by name.
+    """
     begin_s = time.perf_counter()
-    prompts = np.random.default_rng(seed).integers(0, model.vocab_size, (batch, prompt))
+    prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, prompt))
     inputs = checked(model, [row.tolist() for row in prompts], new_tokens, None, (), ())
-    leaves, programs = compiled_for(model, inputs.filters, record or Record())
+    leaves, programs = compiled_for(model, inputs.filters, Record())
     cache = jax.eval_shape(functools.partial(programs.empty_cache, leaves, batch=batch, capacity=inputs.capacity))
-    arguments = (leaves, cache, inputs.tokens_BT, inputs.lengths_B, inputs.inputs)
-    if new_tokens == 1:
-        lowered = programs.prefill.lower(*arguments, new_bucket=inputs.new_bucket)
-    else:
-        lowered = programs.generate.lower(*arguments, np.int32(1), new_bucket=inputs.new_bucket)
-    return Lowered(inputs, lowered, programs.empty_cache, time.perf_counter() - begin_s)
+    reads = (leaves, cache, inputs.tokens_BT, inputs.lengths_B, inputs.inputs)
+    decodes = (inputs.inputs, np.int32(1), np.zeros(batch, bool))
+
+    def state_of(prefill: Callable[..., Any]) -> State:
+        return jax.eval_shape(functools.partial(prefill, new_bucket=inputs.new_bucket), *reads)[0]
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:  # compiling leaves Python free to lower the next
+        lowered = programs.prefill.lower(*reads, new_bucket=inputs.new_bucket)
+        prefill = pool.submit(lowered.compile, compiler_options=dict(prefill_options or {}))
+        advance = traced = buffers = None
+        if new_tokens > 1:
+            lowered = programs.advance.lower(leaves, state_of(programs.prefill), *decodes)
+            advance = pool.submit(lowered.compile, compiler_options=dict(advance_options or {}))
+        if traces:
+            _, tracing = compiled_for(model, inputs.filters, Record(routed_experts=True))
+            state = state_of(tracing.prefill)
+            buffers = (state.experts_BLUA, state.weights_BLUA)
+            lowered = tracing.advance.lower(leaves, state, *decodes)
+            traced = pool.submit(lowered.compile, compiler_options=dict(advance_options or {}))
+        prefill.result(), advance and advance.result()
+        compile_s = time.perf_counter() - begin_s
+        return GenerateProgram(
+            batch=inputs,
+            prefill=prefill.result(),
+            advance=advance.result() if advance else None,
+            traced=traced.result() if traced else None,
+            empty_cache=programs.empty_cache,
+            trace_buffers=buffers,
+            compile_s=compile_s,
+        )
 
 
 def parameters_of(model: Model) -> tuple[jax.Array, ...]:
@@ -170,6 +218,7 @@ class Sizes:
 
     experts: int  # all experts of all layers
     num_experts: int
+    active_experts: int  # that a token visits
     sparse_layers: int
     embedding: int  # read a row at a time; 0 where it is tied to the head, which is read whole
     rest: int  # attention, routers, norms, shared experts, head
@@ -184,19 +233,20 @@ def sizes_of(hf_config: Mapping[str, Any], *, dtype: str = "bfloat16") -> Sizes:
     """The sizes of a decoder, from its config alone."""
     family = models.family_of(dict(hf_config))
     config = family.Config.from_hf(dict(hf_config))
-    _, abstract = abstract_parameters(family, config, dtype=dtype)
+    graph, abstract = abstract_parameters(family, config, dtype=dtype)
     size_bytes = {path: leaf.size * leaf.dtype.itemsize for path, (leaf, _) in abstract.items()}
     stacked = {path: leaf for path, (leaf, dimensions) in abstract.items() if "experts" in dimensions}
     experts = sum(size_bytes[path] for path in stacked)
     embedding = 0 if config.tie_word_embeddings else size_bytes["embedding.weight_VD"]
-    itemsize = abstract["embedding.weight_VD"][0].dtype.itemsize
+    cache = jax.eval_shape(functools.partial(nnx.merge(*graph).empty_cache, 1, CACHE_POSITIONS)).layers
     return Sizes(
         experts=experts,
         num_experts=next((leaf.shape[0] for leaf in stacked.values()), 0),
+        active_experts=config.num_experts_per_tok,
         sparse_layers=len({path.rpartition(".")[0] for path in stacked}),
         embedding=embedding,
         rest=sum(size_bytes.values()) - experts - embedding,
-        cache_per_position=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize,
+        cache_per_position=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) // CACHE_POSITIONS,
     )
 
 
@@ -217,7 +267,8 @@ def prefill_floor_ms(hf_config: Mapping[str, Any], sizes: Sizes, *, batch: int, 
     config = models.family_of(dict(hf_config)).Config.from_hf(dict(hf_config))
     head = config.vocab_size * config.hidden_size * 2
     used = sizes.rest - head + sizes.experts * config.num_experts_per_tok / max(1, sizes.num_experts)
-    attention = 2 * length * config.num_hidden_layers * config.num_attention_heads * config.head_dim  # causal
+    head_width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    attention = 2 * length * config.num_hidden_layers * config.num_attention_heads * head_width  # causal
     flops = batch * (length * (used + attention) + head)
     return 1e3 * max(flops / timing.BF16_FLOPS_PER_S, (sizes.rest + sizes.experts) / timing.READ_BYTES_PER_S)
 
@@ -326,8 +377,7 @@ def trace_file(directory: str | pathlib.Path) -> pathlib.Path:
 
 def kernel_times(path: str | pathlib.Path) -> list[KernelTime]:
     """Kernels of a profile, by instruction. On a GPU what ran on its streams; on a CPU what the threads of XLA ran."""
-    data = jax.profiler.ProfileData.from_file(str(path))
-    planes = list(data.planes)
+    planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
     on_gpu = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     totals: dict[tuple[str, str], list[float]] = {}
     for plane in on_gpu or planes:
@@ -335,11 +385,18 @@ def kernel_times(path: str | pathlib.Path) -> list[KernelTime]:
             if on_gpu and not line.name.startswith("Stream"):
                 continue  # derived lines repeat the streams' events
             for event in line.events:
-                stats = {key: value for key, value in event.stats if key}
-                if on_gpu or "hlo_op" in stats:
-                    times = totals.setdefault((str(stats.get("hlo_op", event.name)), event.name), [])
-                    times.append(event.duration_ns / 1e3)
-    return [KernelTime(*names, calls=len(times), total_us=sum(times)) for names, times in totals.items()]
+                instruction = _stats(event).get("hlo_op")
+                if on_gpu or instruction is not None:
+                    times_us = totals.setdefault((str(instruction or event.name), event.name), [])
+                    times_us.append(event.duration_ns / 1e3)
+    return [KernelTime(*names, calls=len(each_us), total_us=sum(each_us)) for names, each_us in totals.items()]
+
+
+def _stats(event: Any) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        # "builtin type event_stats has no __module__ attribute": where warnings are errors, the process would crash.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return {key: value for key, value in event.stats if key}
 
 
 def per_step(before: Sequence[KernelTime], after: Sequence[KernelTime], *, steps: int) -> list[KernelTime]:

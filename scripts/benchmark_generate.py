@@ -5,7 +5,7 @@
 
 Greedy, prompts of random ids. The time per token is (t(new tokens) - t(32)) / (new tokens - 32) of whole generations, so
 that prefill and the call's own cost cancel. The floor is the time to read, at 4.6 TB/s, the weights of attention, of
-routers, of the head and of the experts that were active, which a second program counts for every step and layer, and
+routers, of the head and of the experts that were active, which a second program counts at every step and layer, and
 the cache. `--baseline hf` runs transformers on the same weights in the same process, and says where its greedy tokens
 part from ours and how near its two logits are there. Appends a JSON line for each point to --output as it comes, the
 most telling points first; a point that fails gives a line with its error. scripts/plot_generate.py makes tables and
@@ -83,24 +83,24 @@ class Bench:
 
         self.point, self.config, self.flags = point, config, flags
         self.sizes = profiling.sizes_of(config, dtype=flags.dtype)
-        self.programs: dict[str, profiling.GenerateProgram] = {}
+        self.program: profiling.GenerateProgram | None = None
 
     def compile(self) -> None:
-        """Programs of the point: `run`, and `traced`, which also tells the experts of every step."""
+        """Compiles the point's program, and what makes the weights."""
         from moe_jax import profiling
-        from moe_jax.generate import Record
         from moe_jax.testing import abstract_model, compile_values
 
         point = self.point
         compile_values(self.config, dtype=self.flags.dtype)
-        if point.kind == "end_to_end":
-            return
-        model = abstract_model(self.config, dtype=self.flags.dtype)
-        records = {"run": Record()} | ({"traced": Record(routed_experts=True)} if point.kind == "decode" else {})
-        for name, record in records.items():
-            shape = dict(batch=point.batch, prompt=point.prompt, new_tokens=point.new_tokens)
-            lowered = profiling.lower_generate(model, **shape, record=record)
-            self.programs[name] = lowered.compile(options_of(point))
+        if point.kind != "end_to_end":
+            self.program = profiling.compile_generate(
+                abstract_model(self.config, dtype=self.flags.dtype),
+                batch=point.batch,
+                prompt=point.prompt,
+                new_tokens=point.new_tokens,
+                traces=point.kind == "decode" and point.batch > 1,
+                prefill_options=prefill_options(),
+            )
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Makes the weights and measures: the point's record, and one for each run of the baseline."""
@@ -121,18 +121,16 @@ class Bench:
                     yield labelled | {"error": message_of(error)}
 
     def _decode(self) -> dict[str, Any]:
-        import numpy as np
-
         from moe_jax import profiling
 
-        point, traced = self.point, self.programs["traced"]
-        times = profiling.measure(self.programs["run"], self.leaves)
-        _, state = traced.run(self.leaves, traced.new_cache(self.leaves), point.new_tokens)
+        point, program = self.point, self.program
+        times = profiling.measure(program, self.leaves)
         first = profiling.first_counted(point.new_tokens)
-        experts_BLUA = np.asarray(state.experts_BLUA)[:, :, first : point.new_tokens]
-        active = float(profiling.active_experts(experts_BLUA).mean())
+        active = float(self.sizes.active_experts)
+        if point.batch > 1:
+            experts_BLUA = program.traced_experts(self.leaves, program.new_cache(self.leaves), point.new_tokens)
+            active = float(profiling.active_experts(experts_BLUA[:, :, first:]).mean())
         self.ours_ms = times.per_token_ms
-        self.tokens = np.asarray(state.tokens_BU)[:, : point.new_tokens].tolist()
         positions = point.prompt + (first + point.new_tokens) / 2
         floor = profiling.decode_floor_ms(self.sizes, batch=point.batch, active_experts=active, positions=positions)
         return {
@@ -147,7 +145,7 @@ class Bench:
     def _prefill(self) -> dict[str, Any]:
         from moe_jax import profiling
 
-        elapsed_ms = profiling.measure_first_token(self.programs["run"], self.leaves)
+        elapsed_ms = profiling.measure_first_token(self.program, self.leaves)
         floor = profiling.prefill_floor_ms(self.config, self.sizes, batch=self.point.batch, length=self.point.prompt)
         return {
             "ms": round(elapsed_ms, 4),
@@ -158,7 +156,7 @@ class Bench:
     def _large_cache(self) -> dict[str, Any]:
         from moe_jax import profiling
 
-        times = profiling.measure(self.programs["run"], self.leaves, last=2 * profiling.FIRST_STEP, repeats=1)
+        times = profiling.measure(self.program, self.leaves, last=2 * profiling.FIRST_STEP, repeats=1)
         return {"ms_per_token": round(times.per_token_ms, 4)}
 
     def _end_to_end(self) -> dict[str, Any]:
@@ -181,10 +179,13 @@ class Bench:
     def _baseline(self, variant: str) -> dict[str, Any]:
         """transformers' time on the same weights, and where its greedy tokens part from ours."""
         import hf_baseline
+        import numpy as np
 
         from moe_jax import profiling
 
-        prompts, first = self.programs["traced"].batch.prompts, profiling.first_counted(self.point.new_tokens)
+        prompts, first = self.program.batch.prompts, profiling.first_counted(self.point.new_tokens)
+        _, state = self.program.run(self.leaves, self.program.new_cache(self.leaves), self.point.new_tokens)
+        ours = np.asarray(state.tokens_BU)[:, : self.point.new_tokens].tolist()
         measured, theirs = hf_baseline.measured(
             self._theirs,
             variant,
@@ -193,7 +194,7 @@ class Bench:
             first=first,
             seconds=self.flags.hf_seconds,
         )
-        compared = list(zip(prompts, theirs, self.tokens, strict=True))[:8]
+        compared = list(zip(prompts, theirs, ours, strict=True))[:8]
         parted = [hf_baseline.disagreement(self._theirs, *each) for each in compared]
         return {
             **measured,
@@ -208,9 +209,9 @@ class Bench:
         """Gigabytes of device memory, and seconds of compiling."""
         import jax
 
-        if "run" not in self.programs:
+        if self.program is None:
             return {}
-        program = self.programs["run"]
+        program = self.program
         cache = self.point.batch * program.batch.capacity * self.sizes.cache_per_position
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         sizes = {
@@ -225,15 +226,14 @@ class Bench:
         }
 
 
-def options_of(point: Point) -> dict[str, Any] | None:
-    """What to compile with, since XLA may not try alternatives here (see `prepare`): large products by cuBLAS.
+def prefill_options() -> dict[str, Any]:
+    """What to compile prefill with, since XLA may not try alternatives here (see `prepare`): its products by cuBLAS.
 
-    Small ones not: with that, XLA converts the head's weights to float32 at every decode step.
+    Decoding not: with that, XLA converts the head's weights to float32 at every step.
     """
     import jax
 
-    is_gpu = jax.default_backend() == "gpu"
-    return {"xla_gpu_enable_triton_gemm": False} if is_gpu and point.kind == "prefill" else None
+    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else {}
 
 
 def message_of(error: Exception) -> str:

@@ -66,14 +66,18 @@ def main() -> int:
     flags = parser.parse_args()
     prepare()
 
+    import jax
+
     from moe_jax import profiling, testing
     from pallas_kernels import timing
 
     path = flags.config or CONFIGS / f"{flags.model}.json"
     model = testing.large_random_model(json.loads(path.read_text()), dtype=flags.dtype)
     leaves = profiling.parameters_of(model)
-    lowered = profiling.lower_generate(model, batch=flags.batch, prompt=flags.prompt, new_tokens=4 * STEPS)
-    program, plain = lowered.compile(), lowered.compile(NO_GRAPHS if timing.context()["device"] != "cpu" else None)
+    shape = dict(batch=flags.batch, prompt=flags.prompt, new_tokens=4 * STEPS)
+    program = profiling.compile_generate(model, **shape)
+    options = NO_GRAPHS if jax.default_backend() == "gpu" else None
+    plain = profiling.compile_generate(model, **shape, advance_options=options)
     step_us = 1e3 * profiling.measure(program, leaves).per_token_ms
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
         # Prefill and one token are in both profiles: the difference is the steps alone.
@@ -81,7 +85,7 @@ def main() -> int:
             profiling.kernel_times(profiled(plain, leaves, tokens, f"{folder}/{tokens}")) for tokens in (1, 1 + STEPS)
         ]
     kernels = profiling.per_step(*runs, steps=STEPS)
-    operators, rows = by_operator(kernels, profiling.instructions(plain.compiled.as_text()))
+    operators, rows = by_operator(kernels, profiling.instructions(plain.advance.as_text()))
     operators["gaps"] = step_us - sum(operators.values())
     record = {
         "model": path.stem,

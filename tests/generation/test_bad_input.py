@@ -72,7 +72,7 @@ def test_load(directory, tmp_path):
         moe_jax.load(directory, dtype="int8")
     with pytest.raises(ValueError, match="expected a mesh beside strategy='tp'"):
         moe_jax.load(directory, strategy="tp")
-    with pytest.raises(ValueError, match="expected strategy to be one of tp, ep_psum, .* got 'magic'"):
+    with pytest.raises(ValueError, match=r"expected strategy to be one of tp, ep_psum, .* got 'magic'"):
         moe_jax.load(directory, mesh="ep=2", strategy="magic")
     with pytest.raises(ValueError, match=r"3 devices .*do not divide"):
         moe_jax.load(directory, mesh="ep=3")
@@ -94,7 +94,8 @@ def test_load(directory, tmp_path):
 
 def test_what_does_not_fit_is_refused_with_the_arithmetic(directory, model, monkeypatch):
     monkeypatch.setattr(moe_jax.memory, "free_on", lambda device: 50_000)
-    with pytest.raises(ValueError, match=r"takes 0\.00 GiB on each device \([\d,]+ x \d bytes\), and cpu has 0\.00 GiB free: use dtype"):
+    told = r"takes 0\.00 GiB on each device \([\d,]+ x 4 bytes\), and cpu has 0\.00 GiB free: use dtype"
+    with pytest.raises(ValueError, match=told):
         moe_jax.load(directory, dtype="float32")
     with pytest.raises(
         ValueError, match=r"the cache of 9 requests x 32 positions takes .* generate for fewer requests"
