@@ -315,7 +315,7 @@ def _parsed(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             computations[current] = []
             entry = current if header[1] else entry
         elif instruction and current:
-            computations[current].append(_Instruction(*instruction.groups(), line))
+            computations[current].append(_Instruction(instruction[1], instruction[2], instruction[3], line))
     if not entry:
         raise ValueError("expected optimised HLO with an ENTRY computation, got none")
     return computations, entry
@@ -386,7 +386,7 @@ def _groups(line: str, devices: int) -> np.ndarray:
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", line):
         return _numbers(listed[1])
     if counted := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, source, order = ([int(n) for n in part.split(",")] if part else None for part in counted.groups())
+        shape, source, order = ([int(n) for n in (part or "").split(",") if n] for part in counted.groups())
         numbers = np.arange(math.prod(source)).reshape(source)
         return (numbers.transpose(order) if order else numbers).reshape(shape)
     if named := re.search(r"replica_groups=mesh\[(.*?)\]\s*\{(.*?)\}", line):

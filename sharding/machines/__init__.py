@@ -92,7 +92,8 @@ def save(machine: Machine, path: Path) -> None:
 
 def with_constants(machine: Machine, source: str, **values: float) -> Machine:
     """The machine with these constants replaced and their source noted."""
-    return dataclasses.replace(machine, sources=machine.sources | dict.fromkeys(values, source), **values)
+    changes: dict[str, Any] = dict(values)
+    return dataclasses.replace(machine, sources=machine.sources | dict.fromkeys(values, source), **changes)
 
 
 def xla_target(machine: Machine) -> str:
