@@ -137,7 +137,7 @@ def save(model: Model, directory: str | Path, *, overwrite: bool = False) -> Non
       ValueError: the directory exists and is not empty.
     """
     family = models.family_of(dict(model.hf_config))
-    stored = parameters(model.module)
+    stored = _stored(model)
     config = dict(model.hf_config)
     config["dtype"] = str(next(iter(stored.values())).dtype)
     config.pop("torch_dtype", None)
@@ -162,7 +162,7 @@ def save_orbax(model: Model, directory: str | Path, *, overwrite: bool = False) 
     """
     orbax.save_orbax(
         directory,
-        parameters(model.module),
+        _stored(model),
         dict(model.hf_config),
         tokenizer_files=model.tokenizer.files() if model.tokenizer else (),
         overwrite=overwrite,
