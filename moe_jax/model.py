@@ -67,7 +67,10 @@ class Model:
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """Trace and run the model's programs inside: on one device it does nothing."""
-        return contextlib.nullcontext() if self.layout is None else jax.set_mesh(self.layout.mesh)
+        if self.layout is None:
+            return contextlib.nullcontext()
+        assert isinstance(self.layout.mesh, Mesh)
+        return jax.set_mesh(self.layout.mesh)
 
 
 def load(

@@ -62,6 +62,8 @@ class MoE(nnx.Module):
         self.shared = shared
         # Set where the model lies over several devices: a `sharding.Exchange`, by which tokens reach their experts.
         self.exchange: Any = None
+        # Set by `rebalanced`: a variable of `sharding.placement.Tables`, where each expert's weights are.
+        self.tables: Any = None
 
     def __call__(
         self,
@@ -103,7 +105,7 @@ class MoE(nnx.Module):
 
     def _routed(self, x_TD, norm: RMSNorm | None, implementation: str | None, *, is_decode: bool) -> Routing:
         named: dict[str, Any] = dict(rule=self.rule, implementation=implementation)
-        arrays: dict[str, jax.Array] = dict(gate_ED=self.gate_ED[...])
+        arrays: dict[str, Any] = dict(gate_ED=self.gate_ED[...])
         if self.gate_bias_E is not None:
             arrays["gate_bias_E"] = self.gate_bias_E[...]
         if norm is not None:
@@ -134,6 +136,7 @@ class MoE(nnx.Module):
             *(each[...] for each in parameters),
             dimensions=[each.get_metadata()["dimensions"] for each in parameters],
             is_decode=shape[1] == 1,
+            tables=None if self.tables is None else self.tables.get_value(),
         )
         y_TD = y_TD if residual_TD is None else residual_TD + y_TD
         return y_TD.reshape(shape), dataclasses.replace(_keeping(routing, is_kept_TA), normed_TD=None)
