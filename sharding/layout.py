@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.axes import DIMENSIONS, EP_TP, Axes
 from sharding.expert_parallel import NO_EXPERT, ExpertFn
+from sharding.placement import Tables, slots_of
 from sharding.strategies import ATTENTION, STRATEGIES, Strategy
 
 DEFAULT_STRATEGY = "eptp_psum"
@@ -167,6 +168,7 @@ class Exchange:
         *parameters: jax.Array,
         dimensions: Iterable[tuple[str | None, ...]],
         is_decode: bool,
+        tables: Tables | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The expert layer over the mesh: y_TD, and which choices were computed, `[T, A]`.
 
@@ -174,7 +176,10 @@ class Exchange:
           expert_fn: `expert_fn(x_TD, experts_TA, weights_TA, *parameters) -> y_TD` on one device's tokens and experts;
             see `sharding.expert_parallel`.
           parameters: arrays over all experts, whose dimensions `dimensions` names.
+          tables: where each expert's weights are, when `parameters` are arrays over slots; see `sharding.placement`.
         """
+        if tables is not None:
+            experts_TA = slots_of(experts_TA, tables)
         strategy, tokens = self.strategy(is_decode=is_decode), P(self._token_axes(is_decode))
         axes = {"experts": strategy.experts, "expert_mlp": strategy.expert_mlp}
         dimensions = tuple(dimensions)
