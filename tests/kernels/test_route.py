@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -30,6 +31,18 @@ def test_decode_kernel_writes_the_plan(name: str) -> None:
     np.testing.assert_array_equal(routing.plan.active_E, expected.active_E)
     np.testing.assert_array_equal(routing.plan.num_active, expected.num_active)
     np.testing.assert_array_equal(routing.plan.signals, np.zeros(NUM_SIGNALS))
+
+
+@pytest.mark.aot
+def test_decode_kernel_normalises_in_its_own_launch() -> None:
+    router = dataclasses.replace(cases.ROUTERS["qwen3-30b"], has_norm=True)
+    operands, named = aot.shapes_of(functools.partial(cases.arguments, cases.Case("normed", 8, router)))
+    arrays, static = aot.split_arrays(named)
+    program = aot.compile_for_h200(
+        lambda operands, arrays: decode_sm90.route(*operands, **arrays, **static), operands, arrays
+    )
+    assert program.launches == ("route_decode",)
+    assert program.kernels[0].spill_bytes == 0
 
 
 PREFILL = [
