@@ -284,6 +284,8 @@ def _stored(model: Model) -> dict[str, jax.Array]:
     stored = parameters(model.module)
     if model.layout is None:
         return stored
+    if any(isinstance(part, MoE) and part.tables is not None for _, part in nnx.iter_modules(model.module)):
+        raise ValueError(f"{model.name}: its experts are where `rebalanced` put them; save the model as it was loaded")
     dtype = str(next(iter(stored.values())).dtype)
     _, abstract = abstract_parameters(models.family_of(dict(model.hf_config)), model.config, dtype=dtype)
     places = _places(model.layout, abstract)
