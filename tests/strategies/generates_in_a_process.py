@@ -22,8 +22,9 @@ from moe_jax import multihost
 
 def main() -> None:
     directory, port, processes, process_id, *cases = sys.argv[1:]
+    coordinator, timeout_s = f"127.0.0.1:{port}", 20 if cases[0].startswith("die") else 120
     multihost.join(
-        coordinator=f"127.0.0.1:{port}", num_processes=int(processes), process_id=int(process_id), timeout_s=20
+        coordinator=coordinator, num_processes=int(processes), process_id=int(process_id), timeout_s=timeout_s
     )
     for case in cases:
         if case.startswith("die:"):

@@ -21,7 +21,7 @@ import families
 
 ROOT = Path(__file__).parents[2]
 WORKER, SCRIPT = Path(__file__).with_name("generates_in_a_process.py"), ROOT / "scripts" / "generate.py"
-TIMEOUT_S = 170
+TIMEOUT_S = 600  # a hang; alone on two cores no test here takes a minute
 # Processes x devices: every family, every strategy, prefill and decode alike or not.
 CASES = {
     (2, 4): (
@@ -60,6 +60,7 @@ def together(commands: list[list[str]], *, devices: int = 2) -> list[tuple[int, 
             process = subprocess.Popen(
                 [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
+            stack.enter_context(process)  # waits for it, after the next line's kill
             stack.callback(process.kill)
             processes.append(process)
         deadline_s = time.monotonic() + TIMEOUT_S
