@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -43,7 +45,6 @@ from pallas_kernels.experts.streaming_sm90 import (
 from pallas_kernels.route.api import NUM_SIGNALS, DecodePlan, Routing
 
 NAME = "decode"
-ADDENDS = {"down_bias", "residual"}  # of the down phase
 MOST_TOKENS = 32  # with 33 to 64, `compact` was 3 to 10 % faster in every layer but narrow ones, where they were equal
 
 
@@ -114,281 +115,336 @@ def _experts(
     return y_TD[:num_tokens]
 
 
-def _launch(
-    x_TD,
-    plan,
-    up_EGFD,
-    up_bias_EGF,
-    down_EDF,
-    bias_TD,
-    residual_TD,
-    signals,
-    *,
-    activation,
-    most_active,
-    depth,
-    stages,
-    num_blocks,
-):
+def _launch(x_TD, plan, up_EGFD, up_bias_EGF, down_EDF, bias_TD, residual_TD, signals, *, most_active, **static):
     _, gates, width, model_width = up_EGFD.shape
     num_tokens, tokens = x_TD.shape[0], plan.combine_ET.shape[1]
-    up_weights, down_weights = WeightTiles.of(up_EGFD), WeightTiles.of(down_EDF[:, None])
-    up_tiles, up_steps = pl.cdiv(width, up_weights.rows), pl.cdiv(model_width, depth)
-    down_tiles, down_steps = pl.cdiv(model_width, down_weights.rows), pl.cdiv(width, depth)  # of one expert
-    in_one_copy = up_weights.follow and down_weights.follow
-    batch = max(1, 64 // tokens)  # partial sums of other blocks that are loaded together
-    accumulators = [plgpu.ACC((ROWS, tokens))] * PIECES
-
-    def kernel(x_gmem, combine_gmem, active_gmem, count_gmem, up_gmem, down_gmem, *rest, **scratch):
-        inputs, (hidden_gmem, y_gmem, partials_gmem) = dict(zip(optional, rest, strict=False)), rest[-3:]
-        weights_smem, tokens_smem, out_smem = (scratch[name] for name in ("weights_smem", "tokens_smem", "out_smem"))
-        full, empty, hidden_ready = (scratch[name] for name in ("full", "empty", "hidden_ready"))
-        block = lax.axis_index("block")
-        num_active = count_gmem[0]
-
-        up = Line.cut(num_active * up_tiles, up_steps, block=block, num_blocks=num_blocks)
-        down = Line.cut(down_tiles, lax.max(num_active * down_steps, 1), block=block, num_blocks=num_blocks)
-        up_loads = up.end - up.begin
-        down_loads = jnp.where(num_active > 0, down.end - down.begin, 0)
-        loads = up_loads + down_loads
-
-        def place_of_up(tile):
-            return tile // up_tiles, lax.rem(tile, up_tiles) * up_weights.rows
-
-        def columns_of(step):
-            return pl.ds(step * depth, depth)
-
-        def stream():
-            def reserve(j):
-                slot = lax.rem(j, stages)
-
-                @pl.when(j >= stages)
-                def _wait():
-                    plgpu.barrier_wait(empty.at[slot])
-
-                return slot
-
-            def load_weights(slot, tiles_gmem, places, columns):
-                load_pieces(tiles_gmem, places, columns, weights_smem.at[slot], full.at[slot], in_one_copy=in_one_copy)
-
-            @pl.loop(0, up_loads)
-            def _up(r):
-                slot, position = reserve(r), up.begin + r
-                u, row = place_of_up(position // up_steps)
-                columns = columns_of(lax.rem(position, up_steps))
-                load_weights(slot, up_gmem, up_weights.places(active_gmem[u], row), columns)
-                plgpu.copy_gmem_to_smem(x_gmem.at[_whole(tokens), columns], tokens_smem.at[slot], full.at[slot])
-
-            def place_of_down(r):
-                position = down.begin + r
-                step = lax.rem(position, down.steps_per_tile)
-                row = position // down.steps_per_tile * down_weights.rows
-                return row, step // down_steps, columns_of(lax.rem(step, down_steps))
-
-            def load_down(r):
-                row, u, columns = place_of_down(r)
-                load_weights(reserve(up_loads + r), down_gmem, down_weights.places(active_gmem[u], row), columns)
-
-            def load_hidden(r):
-                _, u, columns = place_of_down(r)
-                slot = lax.rem(up_loads + r, stages)
-                plgpu.copy_gmem_to_smem(hidden_gmem.at[u, :, columns], tokens_smem.at[slot], full.at[slot])
-
-            ahead = lax.min(down_loads, stages)
-            pl.loop(0, ahead)(load_down)
-            plgpu.barrier_wait(hidden_ready)
-            pl.loop(0, ahead)(load_hidden)
-
-            @pl.loop(ahead, down_loads)
-            def _down(r):
-                load_down(r)
-                load_hidden(r)
-
-            @pl.loop(lax.max(loads - stages, 0), loads)
-            def _drain(j):
-                plgpu.barrier_wait(empty.at[lax.rem(j, stages)])
-
-        on_producer_warp(stream, warpgroup=1)
-
-        def multiply(first_load, steps):
-            """Two `[64, T]` products, summed over `steps` slots of the ring."""
-
-            def loop(*accs):
-                @pl.loop(0, steps)
-                def _step(k):
-                    slot = lax.rem(first_load + k, stages)
-                    plgpu.barrier_wait(full.at[slot])
-                    for piece, acc in enumerate(accs):
-                        plgpu.wgmma(acc, weights_smem.at[slot, piece], tokens_smem.at[slot].T)
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[slot])
-
-                return [acc[...] for acc in accs]
-
-            return pl.run_scoped(loop, *accumulators)
-
-        def compute(line, first_load, prepare, finish, first_signal):
-            """For each tile in this block's part: `finish` it, or hand what there is to the block that does."""
-
-            @pl.loop(0, line.num_tiles_touched)
-            def _tile(i):
-                tile = line.begin // line.steps_per_tile + i
-                tile_begin, tile_end = tile * line.steps_per_tile, (tile + 1) * line.steps_per_tile
-                begin, end = lax.max(line.begin, tile_begin), lax.min(line.end, tile_end)
-                is_mine = begin == tile_begin
-                prepared = prepare(tile, is_mine)
-                parts = multiply(first_load + begin - line.begin, jnp.where(num_active > 0, end - begin, 0))
-                if signals is not None:
-
-                    @pl.when(jnp.logical_not(is_mine))
-                    def _hand_over():
-                        for n, part in enumerate(parts):
-                            partials_gmem[block, n] = part
-                        owner = line.last_block_before(tile_begin + 1)
-                        _signal(inputs["signals"].at[pl.ds(first_signal + owner, 1)])
-
-                @pl.when(is_mine)
-                def _finish():
-                    total = parts
-                    if signals is not None:
-                        last = line.last_block_before(tile_end)
-                        total = add_others(parts, last, inputs["signals"].at[pl.ds(first_signal + block, 1)])
-                    finish(tile, total, prepared)
-
-        def add_others(parts, last, signal_gmem):
-            """Adds what the blocks after this one, up to `last`, summed up of the same tile."""
-
-            @pl.when(last > block)
-            def _wait():
-                _wait_for_signals(signal_gmem, last - block)
-
-            def add(i, total):
-                for n in range(batch):  # loads that do not depend on each other overlap
-                    other = block + 1 + i * batch + n
-                    theirs = [_load_partial(partials_gmem.at[lax.min(other, last), piece]) for piece in range(PIECES)]
-                    is_there = jnp.broadcast_to(other <= last, (ROWS, tokens))
-                    total = [t + jnp.where(is_there, p, jnp.zeros_like(p)) for t, p in zip(total, theirs, strict=True)]
-                return total
-
-            return lax.fori_loop(0, pl.cdiv(last - block, batch), add, parts)
-
-        def store(tiles, targets_gmem):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for n, tile in enumerate(tiles):
-                store_transposed(tile.astype(out_smem.dtype), out_smem.at[n])
-            plgpu.commit_smem()
-            for n, target_gmem in enumerate(targets_gmem):
-                plgpu.copy_smem_to_gmem(out_smem.at[n], target_gmem)
-
-        def prepare_up(tile, is_mine):
-            u, row = place_of_up(tile)
-            expert = active_gmem[u]
-            if "up_bias" in inputs:
-
-                @pl.when(is_mine)
-                def _load_bias():
-                    for n in range(PIECES):
-                        gate, first = (n, row) if gates == PIECES else (0, row + n * ROWS)
-                        bias_gmem = inputs["up_bias"].at[expert, gate, pl.ds(first, ROWS)]
-                        plgpu.copy_gmem_to_smem(bias_gmem, scratch["up_bias_smem"].at[n], scratch["up_bias_full"])
-
-            return plgpu.load(combine_gmem.at[expert], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-
-        def finish_up(tile, parts, weights_T):
-            u, row = place_of_up(tile)
-            if "up_bias" in inputs:
-                plgpu.barrier_wait(scratch["up_bias_full"])
-                parts = [add_to_rows(part, scratch["up_bias_smem"].at[n]) for n, part in enumerate(parts)]
-            hidden = [activate(parts, activation)] if gates == PIECES else [activate([p], activation) for p in parts]
-            weights_RT = lax.broadcast_in_dim(weights_T, (ROWS, tokens), (1,))
-            targets = [hidden_gmem.at[u, :, pl.ds(row + n * ROWS, ROWS)] for n in range(len(hidden))]
-            store([h * weights_RT for h in hidden], targets)
-
-        def columns_of_y(tile):
-            return [pl.ds(tile * down_weights.rows + n * ROWS, ROWS) for n in range(PIECES)]
-
-        def prepare_down(tile, is_mine):
-            for name in sorted(ADDENDS & inputs.keys()):
-
-                @pl.when(is_mine)
-                def _load(name=name):
-                    for n, columns in enumerate(columns_of_y(tile)):
-                        addend_gmem, addend_smem = (
-                            inputs[name].at[_whole(tokens), columns],
-                            scratch[name + "_smem"].at[n],
-                        )
-                        plgpu.copy_gmem_to_smem(addend_gmem, addend_smem, scratch[name + "_full"])
-
-        def finish_down(tile, parts, _):
-            def add(name, parts):
-                plgpu.barrier_wait(scratch[name + "_full"])
-                return [part + _load_transposed(scratch[name + "_smem"].at[n]) for n, part in enumerate(parts)]
-
-            if "down_bias" in inputs:
-                parts = add("down_bias", parts)
-            if "residual" in inputs:
-                parts = add("residual", [part.astype(out_smem.dtype).astype(part.dtype) for part in parts])
-            store(parts, [y_gmem.at[_whole(tokens), columns] for columns in columns_of_y(tile)])
-
-        @pl.when(lax.axis_index("warpgroup") == 0)
-        def _compute():
-            compute(up, 0, prepare_up, finish_up, first_signal=1)
-            plgpu.wait_smem_to_gmem(0)
-            if signals is not None:
-                up_done = inputs["signals"].at[pl.ds(0, 1)]
-                _signal(up_done)
-                _wait_for_signals(up_done, num_blocks)
-            plgpu.barrier_arrive(hidden_ready)
-            compute(down, up_loads, prepare_down, finish_down, first_signal=1 + num_blocks)
-            plgpu.wait_smem_to_gmem(0)
-
-    dtype = x_TD.dtype
-    scratch = dict(
-        weights_smem=plgpu.SMEM((stages, PIECES, ROWS, depth), dtype),
-        tokens_smem=plgpu.SMEM((stages, tokens, depth), dtype),
-        out_smem=plgpu.SMEM((PIECES, tokens, ROWS), dtype),
-        full=plgpu.Barrier(num_arrivals=2 if in_one_copy else 1 + PIECES, num_barriers=stages),
-        empty=plgpu.Barrier(num_barriers=stages),
-        hidden_ready=plgpu.Barrier(),
+    up, down = WeightTiles.of(up_EGFD), WeightTiles.of(down_EDF[:, None])
+    sizes = _Sizes(tokens, gates, width, model_width, up, down, **static)
+    optional = dict(signals=signals, up_bias=up_bias_EGF, down_bias=bias_TD, residual=residual_TD)
+    optional = {name: array for name, array in optional.items() if array is not None}
+    outputs = dict(
+        hidden=jax.ShapeDtypeStruct((most_active, tokens, width), x_TD.dtype),  # by place in `plan.active_E`
+        y=jax.ShapeDtypeStruct((num_tokens, model_width), x_TD.dtype),
+        partials=jax.ShapeDtypeStruct((sizes.num_blocks, PIECES, ROWS, tokens), jnp.float32),  # sums for other blocks
     )
-    optional = {}
-    if signals is not None:
-        optional["signals"] = signals
-    if up_bias_EGF is not None:
-        optional["up_bias"] = up_bias_EGF
-        scratch |= dict(
-            up_bias_smem=plgpu.SMEM((PIECES, ROWS), up_bias_EGF.dtype), up_bias_full=plgpu.Barrier(num_arrivals=PIECES)
-        )
-    for name, addend_TD in (("down_bias", bias_TD), ("residual", residual_TD)):
-        if addend_TD is not None:
-            optional[name] = addend_TD
-            scratch[name + "_smem"] = plgpu.SMEM((PIECES, tokens, ROWS), addend_TD.dtype)
-            scratch[name + "_full"] = plgpu.Barrier(num_arrivals=PIECES)
-    out_types = (
-        jax.ShapeDtypeStruct((most_active, tokens, width), dtype),  # hidden values by place in `plan.active_E`
-        jax.ShapeDtypeStruct((num_tokens, model_width), dtype),
-        jax.ShapeDtypeStruct((num_blocks, PIECES, ROWS, tokens), jnp.float32),  # partial sums
+    arrays = dict(
+        x=x_TD,
+        combine=plan.combine_ET,
+        active=plan.active_E,
+        num_active=plan.num_active,
+        up=up.stack_XRI,
+        down=down.stack_XRI,
+        **optional,
     )
+
+    def kernel(*refs, **scratch):
+        gmem = dict(zip((*arrays, *outputs), refs, strict=True))
+        _Block(sizes, types.SimpleNamespace(**gmem), types.SimpleNamespace(**scratch), optional.keys()).run()
+
     _, y_TD, _ = plgpu.kernel(
         kernel,
-        out_type=out_types,
-        grid=(num_blocks,),
+        out_type=tuple(outputs.values()),
+        grid=(sizes.num_blocks,),
         grid_names=("block",),
         num_threads=2,
         thread_name="warpgroup",
         kernel_name="experts_decode",
-        scratch_types=scratch,
+        scratch_types=_scratch(sizes, x_TD.dtype, optional),
         compiler_params=COMPILER,
-    )(
-        x_TD,
-        plan.combine_ET,
-        plan.active_E,
-        plan.num_active,
-        up_weights.stack_XRI,
-        down_weights.stack_XRI,
-        *optional.values(),
-    )
+    )(*arrays.values())
     return y_TD
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What the kernel is compiled for: `tokens` of a tile, `depth` columns of a step, `stages` of the ring."""
+
+    tokens: int
+    gates: int
+    width: int
+    model_width: int
+    up: WeightTiles
+    down: WeightTiles
+    activation: str
+    depth: int
+    stages: int
+    num_blocks: int
+
+    @property
+    def up_tiles(self) -> int:
+        """Of one expert."""
+        return pl.cdiv(self.width, self.up.rows)
+
+    @property
+    def up_steps(self) -> int:
+        return pl.cdiv(self.model_width, self.depth)
+
+    @property
+    def down_tiles(self) -> int:
+        return pl.cdiv(self.model_width, self.down.rows)
+
+    @property
+    def down_steps(self) -> int:
+        """Of one expert in one tile."""
+        return pl.cdiv(self.width, self.depth)
+
+    @property
+    def in_one_copy(self) -> bool:
+        return self.up.follow and self.down.follow
+
+
+def _scratch(sizes: _Sizes, dtype, optional: dict[str, Any]) -> dict[str, Any]:
+    stages, tokens, depth = sizes.stages, sizes.tokens, sizes.depth
+    scratch = dict(
+        weights_smem=plgpu.SMEM((stages, PIECES, ROWS, depth), dtype),
+        tokens_smem=plgpu.SMEM((stages, tokens, depth), dtype),
+        out_smem=plgpu.SMEM((PIECES, tokens, ROWS), dtype),
+        full=plgpu.Barrier(num_arrivals=2 if sizes.in_one_copy else 1 + PIECES, num_barriers=stages),
+        empty=plgpu.Barrier(num_barriers=stages),
+        hidden_ready=plgpu.Barrier(),
+    )
+    shapes = dict(up_bias=(PIECES, ROWS), down_bias=(PIECES, tokens, ROWS), residual=(PIECES, tokens, ROWS))
+    for name in shapes.keys() & optional.keys():
+        scratch[name + "_smem"] = plgpu.SMEM(shapes[name], optional[name].dtype)
+        scratch[name + "_full"] = plgpu.Barrier(num_arrivals=PIECES)
+    return scratch
+
+
+class _Block:
+    """One block's part of both phases: a warp that streams weights, a warpgroup that multiplies and finishes tiles."""
+
+    def __init__(self, sizes: _Sizes, gmem, scratch, optional: Collection[str]):
+        self.sizes, self.gmem, self.scratch, self.optional = sizes, gmem, scratch, optional
+        self.block = lax.axis_index("block")
+        self.num_active = gmem.num_active[0]
+        cut = functools.partial(Line.cut, block=self.block, num_blocks=sizes.num_blocks)
+        self.up = cut(self.num_active * sizes.up_tiles, sizes.up_steps)
+        self.down = cut(sizes.down_tiles, lax.max(self.num_active * sizes.down_steps, 1))
+        self.up_loads = self.up.end - self.up.begin
+        self.down_loads = jnp.where(self.num_active > 0, self.down.end - self.down.begin, 0)
+
+    def run(self) -> None:
+        on_producer_warp(self.stream, warpgroup=1)
+
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _compute():
+            self.compute(self.up, 0, self.prepare_up, self.finish_up, first_signal=1)
+            plgpu.wait_smem_to_gmem(0)
+            self.wait_for_all_hidden()
+            plgpu.barrier_arrive(self.scratch.hidden_ready)
+            first_signal = 1 + self.sizes.num_blocks
+            self.compute(self.down, self.up_loads, self.prepare_down, self.finish_down, first_signal=first_signal)
+            plgpu.wait_smem_to_gmem(0)
+
+    def wait_for_all_hidden(self) -> None:
+        if "signals" in self.optional:
+            _signal(self.signal(0))
+            _wait_for_signals(self.signal(0), self.sizes.num_blocks)
+
+    def signal(self, index):
+        return self.gmem.signals.at[pl.ds(index, 1)]
+
+    # The stream of weights and tokens.
+
+    def stream(self) -> None:
+        pl.loop(0, self.up_loads)(self.load_up)
+        ahead = lax.min(self.down_loads, self.sizes.stages)
+        pl.loop(0, ahead)(self.load_down)
+        plgpu.barrier_wait(self.scratch.hidden_ready)
+        pl.loop(0, ahead)(self.load_hidden)
+
+        @pl.loop(ahead, self.down_loads)
+        def _down(r):
+            self.load_down(r)
+            self.load_hidden(r)
+
+        loads = self.up_loads + self.down_loads
+
+        @pl.loop(lax.max(loads - self.sizes.stages, 0), loads)
+        def _drain(j):
+            plgpu.barrier_wait(self.scratch.empty.at[lax.rem(j, self.sizes.stages)])
+
+    def load_up(self, r) -> None:
+        slot, position = self.reserve(r), self.up.begin + r
+        u, row = self.place_of_up(position // self.sizes.up_steps)
+        columns = self.columns_of(lax.rem(position, self.sizes.up_steps))
+        self.load_weights(slot, self.gmem.up, self.sizes.up.places(self.gmem.active[u], row), columns)
+        self.load_tokens(slot, self.gmem.x.at[_whole(self.sizes.tokens), columns])
+
+    def load_down(self, r) -> None:
+        row, u, columns = self.place_of_down(r)
+        places = self.sizes.down.places(self.gmem.active[u], row)
+        self.load_weights(self.reserve(self.up_loads + r), self.gmem.down, places, columns)
+
+    def load_hidden(self, r) -> None:
+        _, u, columns = self.place_of_down(r)
+        slot = lax.rem(self.up_loads + r, self.sizes.stages)
+        self.load_tokens(slot, self.gmem.hidden.at[u, :, columns])
+
+    def reserve(self, j):
+        """The slot of load j, once it is empty."""
+        slot = lax.rem(j, self.sizes.stages)
+
+        @pl.when(j >= self.sizes.stages)
+        def _wait():
+            plgpu.barrier_wait(self.scratch.empty.at[slot])
+
+        return slot
+
+    def load_weights(self, slot, weights_gmem, places, columns) -> None:
+        slot_smem, full = self.scratch.weights_smem.at[slot], self.scratch.full.at[slot]
+        load_pieces(weights_gmem, places, columns, slot_smem, full, in_one_copy=self.sizes.in_one_copy)
+
+    def load_tokens(self, slot, tokens_gmem) -> None:
+        plgpu.copy_gmem_to_smem(tokens_gmem, self.scratch.tokens_smem.at[slot], self.scratch.full.at[slot])
+
+    def place_of_up(self, tile):
+        """Of a tile of the up phase: place of its expert in the active list, first row."""
+        return tile // self.sizes.up_tiles, lax.rem(tile, self.sizes.up_tiles) * self.sizes.up.rows
+
+    def place_of_down(self, r):
+        """Of a load of the down phase: first row, place of the expert in the active list, columns."""
+        position = self.down.begin + r
+        step = lax.rem(position, self.down.steps_per_tile)
+        row = position // self.down.steps_per_tile * self.sizes.down.rows
+        return row, step // self.sizes.down_steps, self.columns_of(lax.rem(step, self.sizes.down_steps))
+
+    def columns_of(self, step):
+        return pl.ds(step * self.sizes.depth, self.sizes.depth)
+
+    # Multiplying, and sharing tiles with other blocks.
+
+    def compute(self, line: Line, first_load, prepare, finish, *, first_signal: int) -> None:
+        """For each tile in this block's part: `finish` it, or hand what there is to the block that does."""
+
+        @pl.loop(0, line.num_tiles_touched)
+        def _tile(i):
+            tile = line.begin // line.steps_per_tile + i
+            tile_begin, tile_end = tile * line.steps_per_tile, (tile + 1) * line.steps_per_tile
+            begin, end = lax.max(line.begin, tile_begin), lax.min(line.end, tile_end)
+            is_mine = begin == tile_begin
+            prepared = prepare(tile, is_mine)
+            parts = self.multiply(first_load + begin - line.begin, jnp.where(self.num_active > 0, end - begin, 0))
+            if "signals" in self.optional:
+
+                @pl.when(jnp.logical_not(is_mine))
+                def _hand_over():
+                    for n, part in enumerate(parts):
+                        self.gmem.partials[self.block, n] = part
+                    _signal(self.signal(first_signal + line.last_block_before(tile_begin + 1)))
+
+            @pl.when(is_mine)
+            def _finish():
+                total = parts
+                if "signals" in self.optional:
+                    total = self.add_others(
+                        parts, line.last_block_before(tile_end), self.signal(first_signal + self.block)
+                    )
+                finish(tile, total, prepared)
+
+    def multiply(self, first_load, steps):
+        """Two `[64, T]` products, summed over `steps` slots of the ring."""
+        scratch = self.scratch
+
+        def loop(*accs):
+            @pl.loop(0, steps)
+            def _step(k):
+                slot = lax.rem(first_load + k, self.sizes.stages)
+                plgpu.barrier_wait(scratch.full.at[slot])
+                for piece, acc in enumerate(accs):
+                    plgpu.wgmma(acc, scratch.weights_smem.at[slot, piece], scratch.tokens_smem.at[slot].T)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(scratch.empty.at[slot])
+
+            return [acc[...] for acc in accs]
+
+        return pl.run_scoped(loop, *[plgpu.ACC((ROWS, self.sizes.tokens))] * PIECES)
+
+    def add_others(self, parts, last, signal_gmem):
+        """Adds what the blocks after this one, up to `last`, summed up of the same tile."""
+        tokens, block = self.sizes.tokens, self.block
+        batch = max(1, 64 // tokens)  # partial sums that are loaded together
+
+        @pl.when(last > block)
+        def _wait():
+            _wait_for_signals(signal_gmem, last - block)
+
+        def add(i, total):
+            for n in range(batch):  # loads that do not depend on each other overlap
+                other = block + 1 + i * batch + n
+                theirs = [_load_partial(self.gmem.partials.at[lax.min(other, last), piece]) for piece in range(PIECES)]
+                is_there = jnp.broadcast_to(other <= last, (ROWS, tokens))
+                total = [t + jnp.where(is_there, p, jnp.zeros_like(p)) for t, p in zip(total, theirs, strict=True)]
+            return total
+
+        return lax.fori_loop(0, pl.cdiv(last - block, batch), add, parts)
+
+    # What comes before and after a tile's multiplication.
+
+    def prepare_up(self, tile, is_mine):
+        u, row = self.place_of_up(tile)
+        expert = self.gmem.active[u]
+        if "up_bias" in self.optional:
+            is_gated = self.sizes.gates == PIECES
+            windows = [(expert, n, pl.ds(row, ROWS)) for n in range(PIECES)]
+            if not is_gated:
+                windows = [(expert, 0, pl.ds(row + n * ROWS, ROWS)) for n in range(PIECES)]
+            self.load_addend("up_bias", windows, is_mine)
+        return plgpu.load(self.gmem.combine.at[expert], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+
+    def finish_up(self, tile, parts, weights_T) -> None:
+        u, row = self.place_of_up(tile)
+        if "up_bias" in self.optional:
+            plgpu.barrier_wait(self.scratch.up_bias_full)
+            parts = [add_to_rows(part, self.scratch.up_bias_smem.at[n]) for n, part in enumerate(parts)]
+        activated = [parts] if self.sizes.gates == PIECES else [[part] for part in parts]
+        hidden = [activate(each, self.sizes.activation) for each in activated]
+        weights_RT = lax.broadcast_in_dim(weights_T, (ROWS, self.sizes.tokens), (1,))
+        targets = [self.gmem.hidden.at[u, :, pl.ds(row + n * ROWS, ROWS)] for n in range(len(hidden))]
+        self.store([h * weights_RT for h in hidden], targets)
+
+    def prepare_down(self, tile, is_mine) -> None:
+        windows = [(_whole(self.sizes.tokens), columns) for columns in self.columns_of_y(tile)]
+        for name in ("down_bias", "residual"):
+            if name in self.optional:
+                self.load_addend(name, windows, is_mine)
+
+    def finish_down(self, tile, parts, prepared) -> None:
+        del prepared
+        dtype = self.scratch.out_smem.dtype
+        if "down_bias" in self.optional:
+            parts = self.plus_addend("down_bias", parts)
+        if "residual" in self.optional:
+            parts = self.plus_addend("residual", [part.astype(dtype).astype(part.dtype) for part in parts])
+        targets = [self.gmem.y.at[_whole(self.sizes.tokens), columns] for columns in self.columns_of_y(tile)]
+        self.store(parts, targets)
+
+    def columns_of_y(self, tile):
+        return [pl.ds(tile * self.sizes.down.rows + n * ROWS, ROWS) for n in range(PIECES)]
+
+    def load_addend(self, name: str, windows, is_mine) -> None:
+        """Starts to load what `finish` adds to the two products."""
+        addend_gmem = getattr(self.gmem, name)
+        addend_smem, full = getattr(self.scratch, name + "_smem"), getattr(self.scratch, name + "_full")
+
+        @pl.when(is_mine)
+        def _load():
+            for n, window in enumerate(windows):
+                plgpu.copy_gmem_to_smem(addend_gmem.at[window], addend_smem.at[n], full)
+
+    def plus_addend(self, name: str, parts):
+        plgpu.barrier_wait(getattr(self.scratch, name + "_full"))
+        addend_smem = getattr(self.scratch, name + "_smem")
+        return [part + _load_transposed(addend_smem.at[n]) for n, part in enumerate(parts)]
+
+    def store(self, tiles, targets_gmem) -> None:
+        out_smem = self.scratch.out_smem
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for n, tile in enumerate(tiles):
+            store_transposed(tile.astype(out_smem.dtype), out_smem.at[n])
+        plgpu.commit_smem()
+        for n, target_gmem in enumerate(targets_gmem):
+            plgpu.copy_smem_to_gmem(out_smem.at[n], target_gmem)
 
 
 @dataclasses.dataclass(frozen=True)
