@@ -62,7 +62,7 @@ class MoE(nnx.Module):
         self.shared = shared
         # Set where the model lies over several devices: a `sharding.Exchange`, by which tokens reach their experts.
         self.exchange: Any = None
-        # Set by `rebalanced`: a variable of `sharding.placement.Tables`, where each expert's weights are.
+        # Set by `rebalanced`: where each expert's weights are, as `sharding.placement.Tables`.
         self.tables: Any = None
 
     def __call__(
