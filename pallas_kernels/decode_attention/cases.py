@@ -80,7 +80,7 @@ REAL: tuple[Case, ...] = tuple(
 
 
 def arguments(case: Case, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The case's positional and keyword arguments: random; queries and keys so that scores differ by several units."""
+    """The case's positional and keyword arguments: random, of unit size."""
     heads, batch = case.heads, case.tokens
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 8))
 
@@ -91,7 +91,7 @@ def arguments(case: Case, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any
     q_width, k_width = heads.query * heads.width, heads.kv * heads.width
     angles_BR = case.position_B[:, None] * 1e4 ** -(jnp.arange(heads.width // 2) / (heads.width // 2))
     operands = (
-        normal(batch, q_width, scale=1.5),
+        normal(batch, q_width),
         normal(batch, k_width),
         normal(batch, k_width),
         jnp.cos(angles_BR),

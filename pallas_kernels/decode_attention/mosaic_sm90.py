@@ -31,6 +31,7 @@ MOST_QUERIES = 16
 WIDTHS = (32, 64, 96, 128, 192, 256)
 MOST_WORKERS = 4
 MOST_SPLITS = 8  # the largest portable cluster
+LEAST_TILES = 4  # of a block that has only a part of the positions
 SHARED_MEMORY_BYTES = 227 << 10
 NOTHING = -1e30  # the maximum of no scores
 LOG2_E = 1.4426950408889634
@@ -59,7 +60,15 @@ def decode_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     device = dispatch.current_device()
     if settings is None:
-        settings = default_settings(q_BQ, k_BKSH, window=window, num_sms=device.num_sms)
+        settings = default_settings(
+            q_BQ,
+            k_BKSH,
+            window=window,
+            norms_whole=q_norm_weight is not None and q_norm_weight.size > k_BKSH.shape[3],
+            num_sms=device.num_sms,
+        )
+    # Always the same worker waits for a slot: each counts the slot's phases by its own waits.
+    assert settings["stages"] % settings["workers"] == 0, settings
     return _decode_attention(
         q_BQ,
         k_BX,
@@ -484,29 +493,30 @@ def _merged(parts):
     return most, *(functools.reduce(jnp.add, arrays) for arrays in zip(*weighted, strict=True))
 
 
-def default_settings(q_BQ, k_BKSH, *, window: int | None, num_sms: int) -> dict[str, int]:
-    """Enough parts of a head to occupy the GPU, if there are positions for them; two blocks on a multiprocessor if need be."""
+def default_settings(q_BQ, k_BKSH, *, window: int | None, norms_whole: bool, num_sms: int) -> dict[str, int]:
+    """As many parts of a head as there is room for at once; two small blocks on a multiprocessor where one is not enough."""
     batch, kv_heads, capacity, width = k_BKSH.shape
-    group = q_BQ.shape[1] // (kv_heads * width)
     rows = POSITIONS * _pack(width)
     tiles = pl.cdiv(capacity if window is None else min(capacity, window + rows), rows)
-    heads, splits = batch * kv_heads, 1
-    while 2 * splits <= MOST_SPLITS and 2 * splits * heads <= num_sms and 2 * splits * MOST_WORKERS <= tiles:
-        splits *= 2
-    my_tiles = pl.cdiv(tiles, splits)
+    heads = batch * kv_heads
+    useful = min(MOST_SPLITS, tiles // LEAST_TILES)
+    splits = max((n for n in range(2, useful + 1) if heads <= _places(n, num_sms)), default=1)
     resident = 2 if heads * splits > num_sms else 1
+    my_tiles = pl.cdiv(tiles, splits)
     workers = min(MOST_WORKERS // resident, my_tiles)
-    return _settings(group, width, splits=splits, workers=workers, resident=resident, tiles=my_tiles)
+    queries, packed = pl.cdiv(q_BQ.shape[1], kv_heads * width * 8) * 8, _pack(width) * width
+    parts_bytes = (workers + splits - 2) * (packed + 2 * POSITIONS) * queries * 4
+    rows_bytes = queries * (8 * packed + 6 * workers * POSITIONS * _pack(width)) + 16 * width
+    whole_bytes = 2 * (q_BQ.shape[1] + kv_heads * width) if norms_whole else 0
+    share_bytes = SHARED_MEMORY_BYTES // resident - parts_bytes - rows_bytes - whole_bytes - (8 << 10)
+    stages = max(1, min(my_tiles, share_bytes // (4 * POSITIONS * packed)))
+    workers = min(workers, stages)
+    return dict(splits=splits, workers=workers, stages=stages // workers * workers)
 
 
-def _settings(group: int, width: int, *, splits: int, workers: int, resident: int, tiles: int) -> dict[str, int]:
-    """With a ring that fills a block's share of shared memory, if there is use for it."""
-    queries, pack = pl.cdiv(group, 8) * 8, _pack(width)
-    parts_bytes = (workers + splits - 2) * (pack * width + 2 * POSITIONS) * queries * 4
-    rows_bytes = queries * pack * (8 * width + 6 * workers * POSITIONS) + 16 * width
-    share_bytes = SHARED_MEMORY_BYTES // resident - parts_bytes - rows_bytes - (12 << 10)
-    stages = max(1, min(tiles, share_bytes // (4 * POSITIONS * pack * width)))
-    return dict(splits=splits, workers=min(workers, stages), stages=stages)
+def _places(splits: int, num_sms: int) -> int:
+    """Clusters that surely find room at once: they do not span the GPU's groups of 14 to 18 multiprocessors."""
+    return num_sms // 2 if splits == 2 else num_sms // 16 * (14 // splits)
 
 
 def _supports(

@@ -93,9 +93,12 @@ def test_kernel_gives_its_reason(reason: str, case: cases.Case) -> None:
 @pytest.mark.parametrize("case", cases.REAL, ids=lambda case: case.name)
 def test_default_settings_are_possible(case: cases.Case, num_sms: int) -> None:
     operands, _ = aot.shapes_of(functools.partial(cases.arguments, case))
-    settings = kernel.default_settings(operands[0], operands[5], window=case.window, num_sms=num_sms)
-    assert 1 <= settings["workers"] <= settings["stages"]
-    assert settings["splits"] == 1 or settings["splits"] * case.tokens * case.heads.kv <= num_sms
+    settings = kernel.default_settings(
+        operands[0], operands[5], window=case.window, norms_whole=case.heads.norm == "projection", num_sms=num_sms
+    )
+    assert settings["workers"] >= 1
+    assert settings["stages"] >= 1 and settings["stages"] % settings["workers"] == 0
+    assert settings["splits"] == 1 or settings["splits"] * case.tokens * case.heads.kv <= 2 * num_sms
 
 
 @pytest.mark.aot
