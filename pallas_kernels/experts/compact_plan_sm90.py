@@ -70,7 +70,7 @@ class Sizes:
 
     @property
     def expert_chunks(self) -> int:
-        return pl.cdiv(self.num_experts + 1, CHUNK)
+        return pl.cdiv(self.num_experts, CHUNK)
 
     @property
     def tile_chunks(self) -> int:
@@ -97,8 +97,7 @@ class Plan:
 
     keys_smem: of all choices, `NEVER` past the last one. places_smem: of this block's choices among all sorted.
     starts_smem, first_rows_smem, first_tiles_smem: of each expert, and of the end, at `num_experts`.
-    experts_smem: of each tile.
-    ends_smem, end_tiles_smem: the starts and first tiles of each expert's successor, a chunk further on.
+    ends_smem, end_tiles_smem: the same of each expert's successor. experts_smem: of each tile.
     """
 
     sizes: Sizes
@@ -136,41 +135,41 @@ class Plan:
     def write_table(self) -> None:
         """Starts, rows and tiles of all experts, after `write_keys`."""
         sizes = self.sizes
+        for start_smem in (self.starts_smem, self.first_rows_smem, self.first_tiles_smem):
+            start_smem[_part(0)] = plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.int32), ROWS)
+        plgpu.commit_smem()
 
         @pl.loop(0, sizes.expert_chunks)
-        def _starts(rows):
-            starts = self._count_keys_below(_ids(rows, ROWS) * sizes.choices)
-            self.starts_smem[_part(rows)] = starts
-            self.ends_smem[_part_before(rows)] = starts
+        def _ends(rows):
+            ends = self._count_keys_below((_ids(rows, ROWS) + 1) * sizes.choices)
+            self.ends_smem[_part(rows)] = ends
+            self.starts_smem[_successors(rows)] = ends
 
         plgpu.commit_smem()
 
         @pl.loop(0, sizes.expert_chunks)
         def _sums(rows):
             def add(chunk, sums):
-                is_earlier = _row_ids(rows) > _column_ids(chunk)
-                size = _vector(self.ends_smem, chunk + 1) - _vector(self.starts_smem, chunk)
+                is_up_to = _row_ids(rows) >= _column_ids(chunk)
+                size = _vector(self.ends_smem, chunk) - _vector(self.starts_smem, chunk)
                 padded = lax.div(size + (GRAIN - 1), GRAIN) * GRAIN
                 tiles = lax.div(size + (sizes.most_tokens - 1), sizes.most_tokens)
-                is_expert = _ids(chunk, COLUMNS) < sizes.num_experts
                 return [
-                    total + jnp.where(is_earlier, _down(jnp.where(is_expert, part, 0)), 0)
+                    total + jnp.where(is_up_to, _down(part), 0)
                     for total, part in zip(sums, (padded, tiles), strict=True)
                 ]
 
-            first_rows, first_tiles = lax.fori_loop(0, sizes.expert_chunks, add, [_zeros(), _zeros()])
-            self.first_rows_smem[_part(rows)] = _sum(first_rows)
-            first_tile = _sum(first_tiles)
-            self.first_tiles_smem[_part(rows)] = first_tile
-            self.end_tiles_smem[_part_before(rows)] = first_tile
+            end_rows, end_tiles = map(_sum, lax.fori_loop(0, rows + 1, add, [_zeros(), _zeros()]))
+            self.first_rows_smem[_successors(rows)] = end_rows
+            self.end_tiles_smem[_part(rows)] = end_tiles
+            self.first_tiles_smem[_successors(rows)] = end_tiles
 
         plgpu.commit_smem()
 
-        @pl.loop(0, sizes.tile_chunks)
+        @pl.loop(0, lax.div(self.num_tiles + (CHUNK - 1), CHUNK))
         def _experts(tiles):
             def add(chunk, count):
-                is_before = _down(_vector(self.end_tiles_smem, chunk + 1)) <= _row_ids(tiles)
-                return count + (is_before & (_column_ids(chunk) < sizes.num_experts)).astype(jnp.int32)
+                return count + (_down(_vector(self.end_tiles_smem, chunk)) <= _row_ids(tiles)).astype(jnp.int32)
 
             self.experts_smem[_part(tiles)] = _sum(lax.fori_loop(0, sizes.expert_chunks, add, _zeros()))
 
@@ -222,12 +221,12 @@ def _part(chunk):
     return pl.ds(chunk * CHUNK, CHUNK)
 
 
-def _part_before(chunk):
-    """Where the next expert's number is stored so that an expert finds it at its own place, a chunk further on.
+def _successors(chunk):
+    """Where the ends of a chunk of experts are stored as their successors' starts.
 
-    Reading one further on instead would not do: threads read two numbers at a time, and an odd address faults.
+    Stored one further on, not read there: threads read two numbers at a time, and an odd address faults.
     """
-    return pl.ds(chunk * CHUNK + (CHUNK - 1), CHUNK)
+    return pl.ds(chunk * CHUNK + 1, CHUNK)
 
 
 def _vector(ref, chunk):

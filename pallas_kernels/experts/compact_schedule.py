@@ -8,10 +8,13 @@ from typing import Any
 from jax import lax
 from jax.experimental import pallas as pl
 
+ITEMS_PER_BLOCK = 12  # of the down phase, at least: the busiest block is then a few percent above the mean
+SMALLEST_CHUNK = 512  # columns of a sum's part, whose result is stored and read once more
+
 
 @dataclasses.dataclass(frozen=True)
 class Deal:
-    """One block's items: `num_up` of the up phase, then `num_down` of the down phase; `up(i)` and `down(i)` are their indices.
+    """One block's items: `num_up` of the up phase, then `num_down` of down; `up(i)` and `down(i)` are their indices.
 
     Items of up are dealt in turn. Blocks that got one fewer than the others are then served alone for `head_starts` rounds
     of down, about as many as one item of up is worth; after that all blocks are dealt in turn, those first again. Both
@@ -38,9 +41,8 @@ class Deal:
         alone = lax.min(lax.div(lax.max(down_items - turn + (behind - 1), 0), behind), rounds)
         num_head_starts = lax.select(turn < behind, alone, alone * 0)
         together = lax.div(lax.max(down_items - rounds * behind - turn + (num_blocks - 1), 0), num_blocks)
-        return cls(
-            num_up, num_head_starts + together, turn, behind, rounds, num_head_starts, block, num_blocks
-        )  # fmt: skip
+        num_down = num_head_starts + together
+        return cls(num_up, num_down, turn, behind, rounds, num_head_starts, block, num_blocks)
 
     def up(self, i):
         return self.block + i * self.num_blocks
@@ -52,13 +54,9 @@ class Deal:
 
 
 def chunks_of_down(steps: int, tiles: int, *, depth: int, num_blocks: int) -> int:
-    """In how many parts to cut the sums of the down phase, `steps` steps each, so that there are items enough to deal.
+    """In how many parts to cut the sums of the down phase, of `steps` steps each, so that there are items enough to deal.
 
-    `tiles`: of all experts together. A part's result is stored and read once more: not below 512 columns.
+    tiles: of weights times tiles of tokens, of all experts together.
     """
     wanted = pl.cdiv(ITEMS_PER_BLOCK * num_blocks, tiles)
     return max(1, min(wanted, steps * depth // SMALLEST_CHUNK))
-
-
-ITEMS_PER_BLOCK = 6
-SMALLEST_CHUNK = 512
