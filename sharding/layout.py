@@ -96,6 +96,16 @@ class Layout:
             axes.append(self.dividing(self.axes_of("kv_heads"), shape[1]))
         return NamedSharding(self.mesh, P(*(each or None for each in axes)))
 
+    def split_logits(self, logits_XV: jax.Array) -> jax.Array:
+        """Inside jit: logits as the head's matrix is split, which XLA would otherwise gather whole to give them whole."""
+        axes = [
+            self.dividing(self.requests, logits_XV.shape[0]),
+            self.dividing(self.axes_of("vocab"), logits_XV.shape[-1]),
+        ]
+        rows, columns = (each or None for each in axes)
+        spec = P(rows, *(None,) * (logits_XV.ndim - 2), columns)
+        return lax.with_sharding_constraint(logits_XV, NamedSharding(self.mesh, spec))
+
     def _cached(self, x_BX: jax.Array) -> jax.Array:
         return lax.with_sharding_constraint(x_BX, self.cache_sharding(x_BX.shape))
 
