@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sharding import machines
+from sharding.formulas import Split
 from sharding.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +46,26 @@ def test_comparing(level, tmp_path):
         counted = [each["tokens_per_s_per_device"] for each in others if each["level"] == level]
         assert row["tokens_per_s_per_device"] == max(counted)
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_running_and_calibrating(tmp_path):
+    script = runpy.run_path(str(ROOT / "scripts" / "compare_sharding.py"))
+    machine, options = machines.load("cpu"), script["Options"](run=True, hardware="cpu")
+    splits = [Split("tp", dp=2), Split("ep_a2a", ep=2), Split("eptp_psum", ep=2, tp=2)]
+    records = [script["layer_record"](split, tokens, machine, options) for split in splits for tokens in (1, 2, 4)]
+    records += [script["link_record"](kind, 1 << 12) for kind in script["links"]()]
+    printed = script["run_table"](records)
+    assert printed.count("\n") == 9 and "ep=2,tp=2" in printed
+
+    lines = tmp_path / "run.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in records))
+    fitted = script["calibrated"](machine, lines)
+    assert {name for name in machines.CONSTANTS if fitted.is_measured(name)} == {
+        "expert_hbm_fraction", "expert_flops_fraction", "expert_us", "within_us", "within_fraction"
+    }  # fmt: skip
+    lines.write_text(json.dumps({"shape": "nobody's"}))
+    with pytest.raises(ValueError, match="expected lines of --run or of scripts/benchmark_kernels"):
+        script["calibrated"](machine, lines)
 
 
 def test_drawing(tmp_path):
