@@ -101,8 +101,12 @@ def test_default_settings_are_possible(case: cases.Case, num_sms: int) -> None:
     assert settings["splits"] == 1 or settings["splits"] * case.tokens * case.heads.kv <= 2 * num_sms
 
 
+# Every layout of heads, with one block for each and with clusters.
+COMPILED = [case for case in cases.REAL if case.name.endswith(("-1x192", "-8x4095"))]
+
+
 @pytest.mark.aot
-@pytest.mark.parametrize("case", cases.REAL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.name)
 def test_compiles(case: cases.Case) -> None:
     operands, named = aot.shapes_of(functools.partial(cases.arguments, case))
     arrays, static = aot.split_arrays(named)
