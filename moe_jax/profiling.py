@@ -23,9 +23,10 @@ import numpy as np
 from flax import nnx
 
 from moe_jax import models
-from moe_jax.generate import NO_TOKEN, Batch, Record, State, checked, compiled_for
 from moe_jax.kv_cache import KVCache
 from moe_jax.model import Model, abstract_parameters
+from moe_jax.program import NO_TOKEN, Record, State, compiled_for
+from moe_jax.prompts import Batch, checked
 from pallas_kernels import timing
 
 CACHE_POSITIONS = 1024  # of a cache whose bytes are divided by them
@@ -46,7 +47,7 @@ class GenerateProgram:
     advance: jax.stages.Compiled | None
     traced: jax.stages.Compiled | None
     empty_cache: Callable[..., KVCache]
-    trace_buffers: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct] | None
+    trace_buffers: tuple[Any, Any] | None  # shapes
     compile_s: float
 
     @property
@@ -112,21 +113,24 @@ def compile_generate(
     reads = (leaves, cache, inputs.tokens_BT, inputs.lengths_B, inputs.inputs)
     decodes = (inputs.inputs, np.int32(1), np.zeros(batch, bool))
 
+    def lower(program: Any, *arguments: Any, **static: Any) -> jax.stages.Lowered:
+        return program.lower(*arguments, **static)
+
     def state_of(prefill: Callable[..., Any]) -> State:
         return jax.eval_shape(functools.partial(prefill, new_bucket=inputs.new_bucket), *reads)[0]
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:  # compiling leaves Python free to lower the next
-        lowered = programs.prefill.lower(*reads, new_bucket=inputs.new_bucket)
+        lowered = lower(programs.prefill, *reads, new_bucket=inputs.new_bucket)
         prefill = pool.submit(lowered.compile, compiler_options=dict(prefill_options or {}))
         advance = traced = buffers = None
         if new_tokens > 1:
-            lowered = programs.advance.lower(leaves, state_of(programs.prefill), *decodes)
+            lowered = lower(programs.advance, leaves, state_of(programs.prefill), *decodes)
             advance = pool.submit(lowered.compile, compiler_options=dict(advance_options or {}))
         if traces:
             _, tracing = compiled_for(model, inputs.filters, Record(routed_experts=True))
             state = state_of(tracing.prefill)
             buffers = (state.experts_BLUA, state.weights_BLUA)
-            lowered = tracing.advance.lower(leaves, state, *decodes)
+            lowered = lower(tracing.advance, leaves, state, *decodes)
             traced = pool.submit(lowered.compile, compiler_options=dict(advance_options or {}))
         prefill.result(), advance and advance.result()
         compile_s = time.perf_counter() - begin_s
@@ -177,7 +181,8 @@ def measure(
     if first < 1:
         raise ValueError(f"expected at least 2 new tokens to take a difference of, got {last}")
     _, state = program.run(leaves, program.new_cache(leaves), first)
-    first_s, per_token_s = [], []
+    first_s: list[float] = []
+    per_token_s: list[float] = []
     begin_s = time.monotonic()
     while len(first_s) < repeats and (not first_s or time.monotonic() - begin_s < seconds):
         seconds_of = {}
@@ -315,8 +320,8 @@ def instructions(hlo: str) -> dict[str, Instruction]:
             found[named[1]] = origin
             if origin.functions:
                 bodies.setdefault(computation, []).append(origin)
-            if called := re.search(r"calls=%?([\w.-]+)", line):
-                calls[named[1]] = called[1]
+            if body := re.search(r"calls=%?([\w.-]+)", line):
+                calls[named[1]] = body[1]
     for name, called in calls.items():
         known = [origin for origin in bodies.get(called, ()) if operator_of(origin) != OTHER]
         if known and operator_of(found[name]) == OTHER:
@@ -375,6 +380,9 @@ def trace_file(directory: str | pathlib.Path) -> pathlib.Path:
     return found[-1]
 
 
+CONTAINERS = ("while", "call", "conditional")  # instructions that consist of others, which are told apart
+
+
 def kernel_times(path: str | pathlib.Path) -> list[KernelTime]:
     """Kernels of a profile, by instruction. On a GPU what ran on its streams; on a CPU what the threads of XLA ran."""
     planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
@@ -386,6 +394,8 @@ def kernel_times(path: str | pathlib.Path) -> list[KernelTime]:
                 continue  # derived lines repeat the streams' events
             for event in line.events:
                 instruction = _stats(event).get("hlo_op")
+                if str(instruction).startswith(CONTAINERS):
+                    continue
                 if on_gpu or instruction is not None:
                     times_us = totals.setdefault((str(instruction or event.name), event.name), [])
                     times_us.append(event.duration_ns / 1e3)

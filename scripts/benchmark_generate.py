@@ -15,17 +15,20 @@ pictures of them.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +41,7 @@ BATCHES = (1, 8, 64, 32, 128)
 MOST_TELLING = (1, 8, 64)
 PREFILLS = ((1, 4096), (8, 2048))
 STUDENT_MODEL, STUDENT_PROMPT = "tinymistral-6x248m", 10
+LONGEST_ROUNDS_S = 1.5  # no further round of a measurement after that
 LARGEST_MODEL, LARGE_CACHE_BYTES, LARGE_CACHE_POSITIONS = "mixtral-8x7b", 16e9, 4096
 HF_VARIANTS = ("grouped_mm", "batched_mm", "eager", "compiled")
 
@@ -55,16 +59,32 @@ class Point:
     batch: int
     prompt: int
     new_tokens: int
+    baselines: tuple[str, ...] = ()  # transformers' variants to run afterwards
+
+    def record(self) -> dict[str, Any]:
+        """What every record of the point begins with."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "baselines"}
 
 
 def points_of(name: str, config: dict[str, Any], flags: argparse.Namespace) -> list[Point]:
     """A model's points, the most telling first."""
-    decode = [Point("decode", name, batch, flags.prompt, flags.new_tokens) for batch in flags.batches]
+    baselines = tuple(flags.hf_variants) if flags.baseline == "hf" else ()
+    decode = [Point("decode", name, batch, flags.prompt, flags.new_tokens, baselines) for batch in flags.batches]
     prefill = [Point("prefill", name, batch, length, 1) for batch, length in flags.prefills]
     told = [point for point in decode if point.batch in MOST_TELLING]
     student = [Point("end_to_end", name, 1, STUDENT_PROMPT, flags.new_tokens)] if name == STUDENT_MODEL else []
     large = [large_cache_point(name, config, flags)] if name == LARGEST_MODEL else []
     return [*told, *student, *prefill, *large, *(point for point in decode if point not in told)]
+
+
+def in_order(points: list[Point], configs: dict[str, dict[str, Any]]) -> list[Point]:
+    """The most telling points of all models first; among equals the deepest models, which compile longest."""
+
+    def rank(point: Point) -> tuple[int, int]:
+        is_telling = point.kind == "end_to_end" or (point.kind == "decode" and point.batch in MOST_TELLING)
+        return (0 if is_telling else 2 if point.kind == "decode" else 1), -configs[point.model]["num_hidden_layers"]
+
+    return sorted(points, key=rank)
 
 
 def large_cache_point(name: str, config: dict[str, Any], flags: argparse.Namespace) -> Point:
@@ -75,13 +95,21 @@ def large_cache_point(name: str, config: dict[str, Any], flags: argparse.Namespa
     return Point("large_cache", name, -(-int(LARGE_CACHE_BYTES) // per_request), flags.prompt, LARGE_CACHE_POSITIONS)
 
 
+Quiet = Callable[[], contextlib.AbstractContextManager[None]]
+BEGIN_QUIET, END_QUIET = "begin quiet", "end quiet"
+
+
 class Bench:
     """One point in one process: compiled while others measure, measured when it is told to."""
 
-    def __init__(self, point: Point, config: dict[str, Any], flags: argparse.Namespace):
+    def __init__(self, point: Point, config: dict[str, Any], flags: argparse.Namespace, quiet: Quiet):
         from moe_jax import profiling
 
-        self.point, self.config, self.flags = point, config, flags
+        if point.kind == "prefill":
+            # One more token than the prompt is refused beyond the context, though prefill makes no position for it.
+            longest = max(config["max_position_embeddings"], point.prompt + 1)
+            config = config | {"max_position_embeddings": longest}
+        self.point, self.config, self.flags, self.quiet = point, config, flags, quiet
         self.sizes = profiling.sizes_of(config, dtype=flags.dtype)
         self.program: profiling.GenerateProgram | None = None
 
@@ -91,16 +119,21 @@ class Bench:
         from moe_jax.testing import abstract_model, compile_values
 
         point = self.point
-        compile_values(self.config, dtype=self.flags.dtype)
-        if point.kind != "end_to_end":
-            self.program = profiling.compile_generate(
-                abstract_model(self.config, dtype=self.flags.dtype),
-                batch=point.batch,
-                prompt=point.prompt,
-                new_tokens=point.new_tokens,
-                traces=point.kind == "decode" and point.batch > 1,
-                prefill_options=prefill_options(),
-            )
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            values = pool.submit(compile_values, self.config, dtype=self.flags.dtype)
+            if point.kind != "end_to_end":
+                self.program = profiling.compile_generate(
+                    abstract_model(self.config, dtype=self.flags.dtype),
+                    batch=point.batch,
+                    prompt=point.prompt,
+                    new_tokens=point.new_tokens,
+                    traces=point.kind == "decode" and point.batch > 1,
+                    prefill_options=prefill_options(),
+                )
+            if point.baselines:
+                with contextlib.suppress(ImportError):  # told with the baseline's record
+                    importlib.import_module("hf_baseline")
+            values.result()
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Makes the weights and measures: the point's record, and one for each run of the baseline."""
@@ -110,21 +143,21 @@ class Bench:
 
         self.model = testing.large_random_model(self.config, dtype=self.flags.dtype)
         self.leaves = jax.block_until_ready(profiling.parameters_of(self.model))
-        shared = dataclasses.asdict(self.point) | {"dtype": self.flags.dtype}
+        shared = self.point.record() | {"dtype": self.flags.dtype}
         yield shared | getattr(self, f"_{self.point.kind}")() | self._cost()
-        if self.point.kind == "decode" and self.flags.baseline == "hf":
-            for variant in self.flags.hf_variants:
-                labelled = shared | {"kind": "baseline", "variant": variant}
-                try:
-                    yield labelled | self._baseline(variant)
-                except Exception as error:  # the others may run all the same
-                    yield labelled | {"error": message_of(error)}
+        for variant in self.point.baselines:
+            labelled = shared | {"kind": "baseline", "variant": variant}
+            try:
+                yield labelled | self._baseline(variant)
+            except Exception as error:  # the others may run all the same
+                yield labelled | {"error": message_of(error)}
 
     def _decode(self) -> dict[str, Any]:
         from moe_jax import profiling
 
         point, program = self.point, self.program
-        times = profiling.measure(program, self.leaves)
+        with self.quiet():
+            times = profiling.measure(program, self.leaves, seconds=LONGEST_ROUNDS_S)
         first = profiling.first_counted(point.new_tokens)
         active = float(self.sizes.active_experts)
         if point.batch > 1:
@@ -137,6 +170,8 @@ class Bench:
             "ms_per_token": round(times.per_token_ms, 4),
             "floor_ms": round(floor, 4),
             "fraction_of_floor": round(floor / times.per_token_ms, 4),
+            "experts": self.sizes.num_experts,
+            "active": self.sizes.active_experts,
             "active_experts": round(active, 2),
             "first_token_ms": round(times.first_token_ms, 3),
             "repeats": times.repeats,
@@ -145,7 +180,8 @@ class Bench:
     def _prefill(self) -> dict[str, Any]:
         from moe_jax import profiling
 
-        elapsed_ms = profiling.measure_first_token(self.program, self.leaves)
+        with self.quiet():
+            elapsed_ms = profiling.measure_first_token(self.program, self.leaves)
         floor = profiling.prefill_floor_ms(self.config, self.sizes, batch=self.point.batch, length=self.point.prompt)
         return {
             "ms": round(elapsed_ms, 4),
@@ -156,11 +192,12 @@ class Bench:
     def _large_cache(self) -> dict[str, Any]:
         from moe_jax import profiling
 
-        times = profiling.measure(self.program, self.leaves, last=2 * profiling.FIRST_STEP, repeats=1)
+        with self.quiet():
+            times = profiling.measure(self.program, self.leaves, last=2 * profiling.FIRST_STEP, repeats=1)
         return {"ms_per_token": round(times.per_token_ms, 4)}
 
     def _end_to_end(self) -> dict[str, Any]:
-        return {"ms_per_token": end_to_end_ms(self.model, self.point)}
+        return {"ms_per_token": end_to_end_ms(self.model, self.point, self.quiet)}
 
     @functools.cached_property
     def _theirs(self) -> Any:
@@ -186,16 +223,18 @@ class Bench:
         prompts, first = self.program.batch.prompts, profiling.first_counted(self.point.new_tokens)
         _, state = self.program.run(self.leaves, self.program.new_cache(self.leaves), self.point.new_tokens)
         ours = np.asarray(state.tokens_BU)[:, : self.point.new_tokens].tolist()
-        measured, theirs = hf_baseline.measured(
-            self._theirs,
-            variant,
-            prompts,
-            new_tokens=self.point.new_tokens,
-            first=first,
-            seconds=self.flags.hf_seconds,
-        )
+        theirs_model = self._theirs
+        with self.quiet():
+            measured, theirs = hf_baseline.measured(
+                theirs_model,
+                variant,
+                prompts,
+                new_tokens=self.point.new_tokens,
+                first=first,
+                seconds=self.flags.hf_seconds,
+            )
         compared = list(zip(prompts, theirs, ours, strict=True))[:8]
-        parted = [hf_baseline.disagreement(self._theirs, *each) for each in compared]
+        parted = [hf_baseline.disagreement(theirs_model, *each) for each in compared]
         return {
             **measured,
             "times_ours": round(measured["ms_per_token"] / self.ours_ms, 2),
@@ -261,7 +300,7 @@ def places(
     return found
 
 
-def end_to_end_ms(model: Any, point: Point) -> float:
+def end_to_end_ms(model: Any, point: Point, quiet: Quiet) -> float:
     """Milliseconds of `moe_jax.generate` for each new token, prompt and Python included: the median of five calls."""
     import moe_jax
 
@@ -272,8 +311,9 @@ def end_to_end_ms(model: Any, point: Point) -> float:
         moe_jax.generate(model, prompt, max_new_tokens=point.new_tokens, stop_token_ids=())
         return time.perf_counter() - begin_s
 
-    seconds()
-    return round(1e3 * sorted(seconds() for _ in range(5))[2] / point.new_tokens, 4)
+    seconds()  # compiles
+    with quiet():
+        return round(1e3 * sorted(seconds() for _ in range(5))[2] / point.new_tokens, 4)
 
 
 def line(record: dict[str, Any]) -> str:
@@ -296,15 +336,25 @@ def line(record: dict[str, Any]) -> str:
 def work(point: Point, config: dict[str, Any], flags: argparse.Namespace, parent: Connection) -> None:
     """A process: compiles, says so with None, waits for the word to measure, and sends records."""
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+    @contextlib.contextmanager
+    def quiet() -> Iterator[None]:
+        parent.send(BEGIN_QUIET)
+        parent.recv()
+        try:
+            yield
+        finally:
+            parent.send(END_QUIET)
+
     try:
-        bench = Bench(point, config, flags)
+        bench = Bench(point, config, flags, quiet)
         bench.compile()
         parent.send(None)
         parent.recv()
         for record in bench.records():
             parent.send(record)
     except Exception as error:  # a point that is lost leaves the others
-        parent.send(dataclasses.asdict(point) | {"error": message_of(error)})
+        parent.send(point.record() | {"error": message_of(error)})
 
 
 @dataclasses.dataclass
@@ -319,6 +369,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measures point after point, each in a process that compiled beside the others; appends records as they come.
 
+    While one is timed the others stand still: a step of a small model is shorter than their turns on the host's cores.
     Of the points that are compiled the first goes next, alone on the device. Ends at the deadline, whatever is left.
     """
     from pallas_kernels import timing
@@ -358,21 +409,35 @@ def run(
             try:
                 failed = received(worker)
             except EOFError:
-                failed = dataclasses.asdict(worker.point) | {"error": "its process died while it compiled"}
+                failed = worker.point.record() | {"error": "its process died while it compiled"}
             if failed is None:
                 ready.append(worker)
             else:
                 keep(failed)
+
+    def signal_others(what: signal.Signals) -> None:
+        """Stops or continues those that compile: they would take the host's cores from the one that is timed."""
+        for worker in compiling:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.process.pid, what)
 
     def measure(worker: Worker) -> None:
         count = len(records)
         worker.pipe.send("measure")
         with contextlib.suppress(EOFError):
             while True:
-                keep(received(worker))
+                message = received(worker)
+                if message == BEGIN_QUIET:
+                    signal_others(signal.SIGSTOP)
+                    worker.pipe.send("quiet")
+                elif message == END_QUIET:
+                    signal_others(signal.SIGCONT)
+                else:
+                    keep(message)
+        signal_others(signal.SIGCONT)
         worker.process.join()  # its memory is free then
         if len(records) == count:
-            keep(dataclasses.asdict(worker.point) | {"error": f"its process died, exit code {worker.process.exitcode}"})
+            keep(worker.point.record() | {"error": f"its process died, exit code {worker.process.exitcode}"})
 
     try:
         while left_s() and (waiting or compiling or ready):
@@ -433,7 +498,7 @@ def main() -> int:
     prepare()
     paths = [flags.config] if flags.config else [CONFIGS / f"{name}.json" for name in flags.models]
     configs = {path.stem: json.loads(path.read_text()) for path in paths}
-    points = [point for name, config in configs.items() for point in points_of(name, config, flags)]
+    points = in_order([point for name, config in configs.items() for point in points_of(name, config, flags)], configs)
     records = run(points, configs, flags, deadline_s)
     return int(any("error" in record for record in records) or len(records) < len(points))
 

@@ -9,7 +9,6 @@ line. Appends a JSON line for each number to --output; scripts/plot_generate.py 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import json
 import pathlib
 import sys
@@ -18,7 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from benchmark_generate import CONFIGS, STUDENT_MODEL, STUDENT_PROMPT, prepare
+import benchmark_generate
+from benchmark_generate import CONFIGS, STUDENT_MODEL, STUDENT_PROMPT, Point
+
+TOLD_FIRST = (2, 6, 1)
 
 
 def with_experts(config: dict[str, Any], count: int) -> dict[str, Any]:
@@ -33,48 +35,18 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--prompt", type=int, default=STUDENT_PROMPT)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=300.0, help="start no further measurement after this long")
+    parser.add_argument("--seconds", type=float, default=300.0, help="end after this long, whatever is left")
+    parser.add_argument("--processes", type=int, default=6, help="that compile at once")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/experts_sweep.jsonl"))
     flags = parser.parse_args()
     deadline_s = time.monotonic() + flags.seconds
-    prepare()
-
-    from moe_jax import profiling, testing
-    from pallas_kernels import timing
-
+    benchmark_generate.prepare()
     config = json.loads(flags.config.read_text())
-    shape = dict(batch=1, prompt=flags.prompt, new_tokens=flags.new_tokens)
-    # Two, one and six first: what the comparison needs.
-    counts = sorted(flags.experts, key=lambda count: (count not in (2, 1, 6), count))
-    done = 0
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        programs = {
-            count: pool.submit(
-                profiling.compile_generate,
-                testing.abstract_model(with_experts(config, count), dtype=flags.dtype),
-                **shape,
-            )
-            for count in counts
-        }
-        for count, program in programs.items():
-            if time.monotonic() > deadline_s:
-                print(f"{count} experts: left out, --seconds are over", flush=True)
-                continue
-            model = testing.large_random_model(with_experts(config, count), dtype=flags.dtype)
-            times = profiling.measure(program.result(), profiling.parameters_of(model), repeats=5)
-            record = {
-                "model": flags.config.stem,
-                "experts": count,
-                "active": min(config["num_experts_per_tok"], count),
-                "dtype": flags.dtype,
-                **shape,
-                "ms_per_token": round(times.per_token_ms, 4),
-                "first_token_ms": round(times.first_token_ms, 3),
-            }
-            timing.append_record(flags.output, record)
-            print(f"{count} experts: {times.per_token_ms:.3f} ms per token", flush=True)
-            done += 1
-    return int(done < len(counts))
+    counts = sorted(flags.experts, key=lambda count: (count not in TOLD_FIRST, count))
+    configs = {f"{flags.config.stem}, experts: {count}": with_experts(config, count) for count in counts}
+    points = [Point("decode", name, 1, flags.prompt, flags.new_tokens) for name in configs]
+    records = benchmark_generate.run(points, configs, flags, deadline_s)
+    return int(any("error" in record for record in records) or len(records) < len(points))
 
 
 if __name__ == "__main__":

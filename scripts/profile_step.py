@@ -72,12 +72,13 @@ def main() -> int:
     from pallas_kernels import timing
 
     path = flags.config or CONFIGS / f"{flags.model}.json"
-    model = testing.large_random_model(json.loads(path.read_text()), dtype=flags.dtype)
-    leaves = profiling.parameters_of(model)
+    config = json.loads(path.read_text())
+    abstract = testing.abstract_model(config, dtype=flags.dtype)
     shape = dict(batch=flags.batch, prompt=flags.prompt, new_tokens=4 * STEPS)
-    program = profiling.compile_generate(model, **shape)
+    program = profiling.compile_generate(abstract, **shape)
     options = NO_GRAPHS if jax.default_backend() == "gpu" else None
-    plain = profiling.compile_generate(model, **shape, advance_options=options)
+    plain = profiling.compile_generate(abstract, **shape, advance_options=options)
+    leaves = profiling.parameters_of(testing.large_random_model(config, dtype=flags.dtype))
     step_us = 1e3 * profiling.measure(program, leaves).per_token_ms
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
         # Prefill and one token are in both profiles: the difference is the steps alone.

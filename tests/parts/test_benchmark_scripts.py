@@ -225,13 +225,13 @@ def test_generation_is_measured_and_drawn(tmp_path, config_path, run):
 
 
 def test_a_point_that_fails_leaves_the_others(tmp_path, load_script, capfd, monkeypatch):
-    """Over its context, a model refuses; the next point is measured all the same."""
+    """Decoding over its context, a model refuses; prefill of as long a prompt is measured all the same."""
     script = load_script("benchmark_generate")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     flags = script.parsed(
         ["--dtype", "float32", "--processes", "2", "--output", str(tmp_path / "out.jsonl"), "--new-tokens", "4"]
     )
-    points = [script.Point("prefill", "tiny", 1, 300, 1), script.Point("prefill", "tiny", 1, 8, 1)]
+    points = [script.Point("decode", "tiny", 1, 300, 4), script.Point("prefill", "tiny", 1, 300, 1)]
     made = script.run(points, {"tiny": CONFIG}, flags, deadline_s=script.time.monotonic() + 120)
     assert sorted("error" in record for record in made) == [False, True]
     assert "context of 256 positions" in next(record["error"] for record in made if "error" in record)
