@@ -322,6 +322,7 @@ def _launch(
             plgpu.barrier_wait(smem["q_ready"])
             count = (end - begin - worker + workers - 1) // workers
             m, l, *values = lax.fori_loop(0, count, attend, (nothing + NOTHING, nothing, *values))
+            plgpu.commit_smem()  # no warp still reads what it kept in the last turn
             m_smem[...] = m
             l_smem[...] = l
             plgpu.commit_smem()
