@@ -58,6 +58,7 @@ AWKWARD: tuple[Case, ...] = (
     Case("window_inside_a_tile", 3, Heads(4, 2, 64), 256, (255, 100, 3), window=10),
     Case("window_of_one", 1, Heads(4, 2, 64), 128, 70, window=1),
     Case("window_over_tiles", 2, Heads(4, 2, 64), 320, (300, 130), window=130),
+    Case("longer_than_the_ring", 2, Heads(4, 2, 64), 704, (700, 575)),
     Case("norm_of_heads", 2, Heads(8, 2, 128, norm="head"), 128, (90, 17)),
     Case("norm_of_projections", 2, Heads(8, 8, 64, norm="projection", clip=1.5), 64, (40, 63)),
     Case("clip", 2, Heads(8, 4, 64, clip=0.5), 64, (9, 63)),
