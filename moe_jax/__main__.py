@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import jax
@@ -16,7 +17,7 @@ from rich.table import Table
 
 import moe_jax
 from moe_jax import description
-from moe_jax.generate import NO_TOKEN
+from moe_jax.program import NO_TOKEN
 
 INTERRUPTED = 130
 
@@ -43,10 +44,13 @@ class Options:
     """How tokens meet experts, such as ep_agrs, or ep_agrs/ep_psum for prefill and decode."""
     attention: str | None = None
     """How to split everything else over the mesh: tp or dp."""
+    compilation_cache: str | None = None
+    """Where compiled programs are kept for the next start, or "off"; by default ~/.cache/moe-jax/compiled."""
     experts: bool = True
     """After the text, say on standard error which experts computed it and how fast."""
 
     def load(self) -> moe_jax.Model:
+        keep_compiled_programs(self.compilation_cache)
         dtype = self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         return moe_jax.load(self.model, dtype=dtype, mesh=self.mesh, strategy=self.strategy, attention=self.attention)
 
@@ -120,6 +124,23 @@ class Info:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
+
+
+def keep_compiled_programs(directory: str | None) -> None:
+    """Turns JAX's compilation cache on, in `directory`; "off" leaves it as it is, and so does None where JAX has one."""
+    if directory == "off" or (directory is None and jax.config.jax_compilation_cache_dir):
+        return
+    path = Path(directory).expanduser() if directory else Path.home() / ".cache" / "moe-jax" / "compiled"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if directory is None:  # a home that cannot be written is no reason not to run
+            return
+        raise ValueError(
+            f"expected --compilation-cache to be a directory that can be written, got {path}: {error}"
+        ) from None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def show(pieces: Iterable[moe_jax.Piece], with_experts: bool) -> str:

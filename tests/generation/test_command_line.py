@@ -12,12 +12,13 @@ import pytest
 import moe_jax
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "moe_jax", *map(str, arguments)]
+def command(name, *arguments, cache="off"):
+    cached = () if name == "info" else ("--compilation-cache", cache)
+    return [sys.executable, "-m", "moe_jax", *map(str, (name, *arguments, *cached))]
 
 
-def run(*arguments, **options):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, **options)
+def run(*arguments, cache="off", **options):
+    return subprocess.run(command(*arguments, cache=cache), capture_output=True, text=True, timeout=120, **options)
 
 
 def test_generate_prints_what_generate_returns(directory, model):
@@ -88,3 +89,20 @@ def test_info_says_what_runs_here_and_why_not_the_rest():
         assert model_type in done.stdout
     assert "Kernels on cpu" in done.stdout
     assert "reference" in done.stdout
+
+
+def test_compiled_programs_are_kept(directory, tmp_path):
+    cache = tmp_path / "compiled"
+    done = run("generate", "--model", directory, "-n", 2, "--prompt", "a", cache=cache)
+    assert done.returncode == 0, done.stderr
+    kept = {path.name for path in cache.iterdir() if path.name.endswith("-cache")}
+    assert any("prefill" in name for name in kept)
+    run("generate", "--model", directory, "-n", 2, "--prompt", "a", cache=cache)
+    assert {path.name for path in cache.iterdir() if path.name.endswith("-cache")} == kept
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(directory, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("generate", "--model", directory, "--prompt", "a", cache=tmp_path / "file" / "below")
+    assert done.returncode == 2
+    assert "moe-jax: expected --compilation-cache to be a directory that can be written" in done.stderr
