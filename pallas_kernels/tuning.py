@@ -14,6 +14,7 @@ import functools
 import json
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 from pallas_kernels import dispatch
@@ -21,13 +22,16 @@ from pallas_kernels import dispatch
 FOLDER = pathlib.Path(__file__).parent / "tuned"
 
 
-def lookup(op: str, shape_key: str, tokens: int) -> dict[str, Any] | None:
+def lookup(
+    op: str, shape_key: str, tokens: int, *, tile: Callable[[int], int] = lambda tokens: 0
+) -> dict[str, Any] | None:
     """The tuned settings of `op` for a shape, or None where nothing was tuned at or below this token count.
 
-    Example: `lookup("experts.decode", "E128 A8 F768 D2048", 20)` is `{"stages": 6}` with the table above.
+    `tile` says how many tokens a kernel makes room for: settings tuned for another tile may not fit into shared memory, and
+    are passed over. Example: `lookup("experts.decode", "E128 A8 F768 D2048", 20)` is `{"stages": 6}` with the table above.
     """
     buckets = _table(table_path(dispatch.current_device().kind)).get(op, {}).get(shape_key, {})
-    lower = [bucket for bucket in buckets if bucket <= tokens]
+    lower = [bucket for bucket in buckets if bucket <= tokens and tile(bucket) == tile(tokens)]
     return buckets[max(lower)] if lower else None
 
 

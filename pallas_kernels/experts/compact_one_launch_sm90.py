@@ -37,6 +37,7 @@ from pallas_kernels.experts.compact_schedule import Deal, chunks_of_down
 from pallas_kernels.experts.decode_sm90 import _signal, _wait_for_signals, shape_key
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
 from pallas_kernels.experts.grouped_rows_sm90 import LARGEST_BARRIER, LARGEST_BOX
+from pallas_kernels.experts.plan import padded_tokens
 from pallas_kernels.experts.reference import adding_residual
 from pallas_kernels.experts.streaming_sm90 import (
     COMPILER,
@@ -73,7 +74,7 @@ def experts(
 ):
     device = dispatch.current_device()
     if settings is None:
-        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0])
+        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0], tile=padded_tokens)
     if settings is None:
         settings = default_settings(x_TD, routing, up_EGFD)
     return _experts(

@@ -66,7 +66,7 @@ def experts(
 ):
     device = dispatch.current_device()
     if settings is None:
-        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0])
+        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0], tile=padded_tokens)
     if settings is None:
         settings = default_settings(x_TD)
     return _experts(

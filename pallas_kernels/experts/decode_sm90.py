@@ -64,7 +64,7 @@ def experts(
     device = dispatch.current_device()
     num_experts = up_EGFD.shape[0]
     if settings is None:
-        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0])
+        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0], tile=padded_tokens)
     if settings is None:
         settings = default_settings(x_TD)
     plan = routing.plan

@@ -55,7 +55,7 @@ def matvec(
 ) -> tuple[jax.Array, ...]:
     device = dispatch.current_device()
     if settings is None:
-        settings = tuning.lookup(f"matvec.{NAME}", shape_key(weights), x_TI.shape[0])
+        settings = tuning.lookup(f"matvec.{NAME}", shape_key(weights), x_TI.shape[0], tile=padded_tokens)
     if settings is None:
         settings = default_settings(x_TI, weights, num_sms=device.num_sms)
     return _matvec(

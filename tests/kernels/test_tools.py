@@ -26,6 +26,8 @@ def test_lookup_takes_the_nearest_lower_bucket(tmp_path: pathlib.Path, monkeypat
         found = [tuning.lookup("experts.decode", "E8", tokens) for tokens in (3, 4, 15, 16, 9000)]
         assert found == [None, {"stages": 4}, {"stages": 4}, {"stages": 6}, {"stages": 6}]
         assert tuning.lookup("experts.decode", "E9", 16) is None
+        by_tile = [tuning.lookup("experts.decode", "E8", tokens, tile=lambda n: n // 8) for tokens in (5, 8, 16, 24)]
+        assert by_tile == [{"stages": 4}, None, {"stages": 6}, None], "settings of another tile may not fit"
         assert tuning.lookup("route.prefill", "E8", 16) is None
     assert tuning.lookup("experts.decode", "E8", 16) is None, "this device has no table"
 
