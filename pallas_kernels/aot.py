@@ -57,8 +57,8 @@ class Program:
     temporary_bytes: int
 
 
-def compile_for_h200(function: Callable[..., Any], *args: Any) -> Program:
-    """Compiles `function(*args)`; the leaves of `args` need only a shape and a dtype.
+def compile_for_h200(function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Program:
+    """Compiles `function(*args)`; the leaves of `args` need only a shape and a dtype. `donate`: positions of donated ones.
 
     Dispatch chooses as it would on the GPU.
 
@@ -76,7 +76,7 @@ def compile_for_h200(function: Callable[..., Any], *args: Any) -> Program:
         _mosaic_dumps_to(folder),
         dispatch.compiling_for(h200),
     ):
-        compiled = jax.jit(lambda *leaves: function(*leaves)).lower(*shapes).compile()
+        compiled = jax.jit(lambda *leaves: function(*leaves), donate_argnums=donate).lower(*shapes).compile()
         kernels = _read_kernels(pathlib.Path(folder))
     hlo, memory = compiled.as_text(), compiled.memory_analysis()
     assert hlo is not None and memory is not None  # only backends that cannot print or plan return None
