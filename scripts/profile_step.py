@@ -76,8 +76,8 @@ def main() -> int:
     abstract = testing.abstract_model(config, dtype=flags.dtype)
     shape = dict(batch=flags.batch, prompt=flags.prompt, new_tokens=4 * STEPS)
     program = profiling.compile_generate(abstract, **shape)
-    options = NO_GRAPHS if jax.default_backend() == "gpu" else None
-    plain = profiling.compile_generate(abstract, **shape, advance_options=options)
+    has_graphs = jax.default_backend() == "gpu"
+    plain = profiling.compile_generate(abstract, **shape, advance_options=NO_GRAPHS) if has_graphs else program
     leaves = profiling.parameters_of(testing.large_random_model(config, dtype=flags.dtype))
     step_us = 1e3 * profiling.measure(program, leaves).per_token_ms
     with tempfile.TemporaryDirectory(prefix="profile-") as folder:
