@@ -6,11 +6,17 @@ Example: python scripts/make_tables.py
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import plot_generate
 
 from moe_jax import description
 
 README = Path(__file__).parents[1] / "README.md"
+MEASURED = README.parent / "docs" / "benchmarks" / "h200"
 
 
 def with_table(text: str, name: str, table: str) -> str:
@@ -25,8 +31,17 @@ def with_table(text: str, name: str, table: str) -> str:
     return marked.sub(lambda match: match[1] + table + match[2], text)
 
 
+def tables() -> dict[str, str]:
+    """Every table of README.md, by name."""
+    return {
+        "families": description.as_markdown(description.families()),
+        "speed": "\n".join(plot_generate.summary_table(MEASURED)) + "\n",
+    }
+
+
 def main() -> None:
-    README.write_text(with_table(README.read_text(), "families", description.as_markdown(description.families())))
+    for name, table in tables().items():
+        README.write_text(with_table(README.read_text(), name, table))
     print(f"wrote the tables of {README}")
 
 

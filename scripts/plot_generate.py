@@ -87,7 +87,7 @@ def ms(value: float | None) -> str:
 
 
 def times(theirs: float | None, ours: float) -> str:
-    return "" if theirs is None else f"{theirs / ours:.1f} x"
+    return "" if theirs is None else f"{theirs / ours:.2f} x"
 
 
 def decode_table(points: list[Record], others: Others) -> list[str]:
@@ -185,6 +185,7 @@ def operator_tables(profiles: list[Record], others: Others) -> list[str]:
         title = f"{profile['model']}, batch {profile['batch']}: {total:,.0f} us, {profile['launches']:.0f} launches"
         rows = [(name, f"{us:.1f}", f"{us / total:.1%}") for name, us in profile["operators_us"].items()]
         lines += ["", title, "", *markdown(("operator", "us", "share"), rows)]
+        lines += ["", f"jax {profile['jax']}, {profile['date'][:10]}; {profile['note']}."] if "note" in profile else []
     student = [
         anchor for anchor in others.anchors if anchor["source"].startswith("FlexFlow") and "experts" not in anchor
     ]
@@ -201,10 +202,24 @@ def sweep_table(sweep: list[Record]) -> list[str]:
 
 
 def names(records: list[Record]) -> list[str]:
-    return list(dict.fromkeys(record["model"] for record in records))
+    """Models, the smallest first."""
+    size_gb = {record["model"]: record["memory_gb"]["parameters"] for record in records if "memory_gb" in record}
+    return sorted(dict.fromkeys(record["model"] for record in records), key=lambda model: size_gb.get(model, 0.0))
 
 
-def page(records: list[Record], profiles: list[Record], sweep: list[Record], others: Others) -> str:
+def failed_lines(path: pathlib.Path) -> list[str]:
+    """Points whose last record is an error, so that nothing is missing in silence."""
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    latest = last(records, *KEYS).values()
+    return [
+        f"- {record['model']}, {record.get('variant', record['kind'])}, {record['batch']} x {record['prompt']}: "
+        f"{record['error']}"
+        for record in latest
+        if "error" in record
+    ]
+
+
+def page(records: list[Record], profiles: list[Record], sweep: list[Record], others: Others, failed: list[str]) -> str:
     """All tables, each where there is something to show."""
     one = (records + profiles + sweep)[0]
     decode = decode_points(records)
@@ -230,6 +245,7 @@ def page(records: list[Record], profiles: list[Record], sweep: list[Record], oth
         (bool(sweep), "More experts",
          "TinyMistral, a prompt of 10 tokens, one request.\n\n![Latency against experts](experts_sweep.png)",
          lambda: sweep_table(sweep)),
+        (bool(failed), "What failed", "The last attempt at each of these points ended so.", lambda: failed),
         (bool(decode), "Memory, gigabytes", "Peak is the device's, weights and cache included.",
          lambda: memory_table([*decode, *large])),
     ]  # fmt: skip
@@ -376,12 +392,32 @@ def sweep_picture(sweep: list[Record], others: Others, path: pathlib.Path) -> No
     finish(figure, panels, path, columns=1)
 
 
+KEYS = ("kind", "model", "batch", "prompt", "variant")  # of a point; the last record of each counts
+
+
+def summary_table(folder: pathlib.Path) -> list[str]:
+    """Milliseconds for a decode step, ours and vLLM's, a row for each model and a column for each batch."""
+    points = decode_points(list(last(read(folder / "generate.jsonl"), *KEYS).values()))
+    others = Others(read(folder / "anchors.jsonl"))
+    batches = sorted({point["batch"] for point in points})
+    rows = []
+    for model in names(points):
+        of_batch = {point["batch"]: point for point in points if point["model"] == model}
+        cells = []
+        for batch in batches:
+            point = of_batch.get(batch)
+            vllm = others.ms("vLLM", "decode", point) if point else None
+            beside = f" ({ms(vllm)})" if vllm else ""
+            cells.append(f"{ms(point['ms_per_token'])}{beside}, {point['fraction_of_floor']:.0%}" if point else "")
+        rows.append((model, *cells))
+    return markdown(("model", *(f"batch {batch}" for batch in batches)), rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path, help="where the JSON lines are")
     folder = parser.parse_args().folder
-    keys = ("kind", "model", "batch", "prompt", "variant")
-    records = list(last(read(folder / "generate.jsonl"), *keys).values())
+    records = list(last(read(folder / "generate.jsonl"), *KEYS).values())
     profiles = list(last(read(folder / "profile.jsonl"), "model", "batch").values())
     sweep = sorted(last(read(folder / "experts_sweep.jsonl"), "experts").values(), key=lambda each: each["experts"])
     if not (records or profiles or sweep):
@@ -389,7 +425,7 @@ def main() -> None:
             f"expected generate.jsonl, profile.jsonl or experts_sweep.jsonl with records in {folder}, got none"
         )
     others = Others(read(folder / "anchors.jsonl"))
-    (folder / "generate.md").write_text(page(records, profiles, sweep, others))
+    (folder / "generate.md").write_text(page(records, profiles, sweep, others, failed_lines(folder / "generate.jsonl")))
     written = ["generate.md"]
     if decode := decode_points(records):
         decode_picture(decode, others, folder / "generate.png")
