@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax import graph
 from moe_jax.kv_cache import KVCache
 from moe_jax.model import Model
-from moe_jax.program import NO_TOKEN, Programs, Record, State, compiled_for, empty_cache, logits_program
+from moe_jax.program import NO_TOKEN, Programs, Record, compiled_for, empty_cache, logits_program
 from moe_jax.progress import status
 from moe_jax.prompts import Batch, Prompt, checked, checked_ids
 from moe_jax.sampling import Sampling
@@ -172,6 +173,7 @@ def compile(
         operands = (request.tokens_BT, request.lengths_B, request.inputs, 1)
         lowered = programs.generate.lower(leaves, cache, *operands, new_bucket=request.new_bucket)
         analysis = lowered.compile().memory_analysis()
+        assert analysis is not None  # only backends that cannot plan their memory return None
         jax.block_until_ready(programs.generate(leaves, cache, *operands, new_bucket=request.new_bucket))
     return Compiled(
         seconds=time.perf_counter() - started_s,
@@ -200,7 +202,7 @@ def _generate_watching(model: Model, programs: Programs, leaves, cache, batch: B
     return state, trace
 
 
-def _finished(model: Model, batch: Batch, state: State, prompt_trace) -> Generated:
+def _finished(model: Model, batch: Batch, state: Any, prompt_trace: Any) -> Generated:
     """The result, cut where each request stopped. `state` is a `State` of numpy arrays without its cache."""
     lengths_B = np.array(state.lengths_B)
     texts: list[str] | None = None if model.tokenizer is None else []

@@ -72,14 +72,14 @@ def _walk(node: Any, looks: list[Any], arrays: list[Any], seen: dict[int, int]) 
         return
     seen[id(node)] = len(seen)
     looks.append(type(node))
-    if _is_variable(type(node)):
+    if _is_variable(node.__class__):
         arrays.append(node.get_raw_value())
         return
     for name, value in vars(node).items():
         if name.startswith("_pytree__"):  # Flax's own notes
             continue
         looks.append(name)
-        if _is_node(type(value)):
+        if _is_node(value.__class__):
             _walk(value, looks, arrays, seen)
         else:
             looks.append(value)

@@ -68,7 +68,7 @@ class Programs(NamedTuple):
     """Jitted functions of one model; the first argument is always its flat parameters."""
 
     empty_cache: Callable[..., KVCache]
-    generate: Callable[..., tuple[State, Any]]
+    generate: jax.stages.Wrapped
     prefill: Callable[..., tuple[State, Any]]
     advance: Callable[..., State]
 
