@@ -33,7 +33,8 @@ class Device:
     @property
     def is_hopper(self) -> bool:
         """Whether Hopper kernels can run on it."""
-        return not self.is_partitioned and self.platform == "gpu" and any(name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+        is_one = any(name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+        return is_one and self.platform == "gpu" and not self.is_partitioned
 
 
 @dataclasses.dataclass(frozen=True)

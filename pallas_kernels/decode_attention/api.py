@@ -57,9 +57,9 @@ def explain(*operands: jax.Array, **named: Any) -> list[tuple[str, str | None]]:
 
 
 def _implementations() -> tuple[dispatch.Implementation, ...]:
-    from pallas_kernels.decode_attention import reference
+    from pallas_kernels.decode_attention import mosaic_sm90, reference
 
-    return (reference.IMPLEMENTATION,)
+    return mosaic_sm90.IMPLEMENTATION, reference.IMPLEMENTATION
 
 
 def _check(

@@ -29,6 +29,7 @@ from pallas_kernels.experts.streaming_sm90 import (
     ROWS,
     WeightTiles,
     add_to_rows,
+    are_swizzled,
     fill_ring,
     let_next_launch_start,
     load_pieces,
@@ -321,8 +322,10 @@ def _supports(device: dispatch.Device, x_TD, routing: Routing, up_EGFD, down_EDF
         if dtype != jnp.bfloat16:
             return f"it multiplies bfloat16, and {name} is {dtype}"
     width, model_width = up_EGFD.shape[2:]
-    if model_width % 16 or width % 16:
-        return f"it needs widths that are multiples of 16, and these are D={model_width}, F={width}"
+    if not (are_swizzled(model_width) and are_swizzled(width)):
+        return (
+            f"it copies 64 columns at a time: widths are multiples, or 16, 32, 48; these are D={model_width}, F={width}"
+        )
     if grouped_rows_sm90.box(model_width) is None:
         return f"it copies rows as rectangles of at most 256 x 256, and D={model_width} is none"
     tokens_of_an_expert = routing.experts_TA.size / routing.logits_TE.shape[1]

@@ -38,6 +38,7 @@ from pallas_kernels.experts.streaming_sm90 import (
     ROWS,
     WeightTiles,
     add_to_rows,
+    are_swizzled,
     load_pieces,
     on_producer_warp,
     store_transposed,
@@ -552,8 +553,10 @@ def _supports(device: dispatch.Device, x_TD, routing: Routing, up_EGFD, down_EDF
         if dtype != jnp.bfloat16:
             return f"it multiplies bfloat16, and {name} is {dtype}"
     width, model_width = up_EGFD.shape[2:]
-    if model_width % 16 or width % 16:
-        return f"it needs widths that are multiples of 16, and these are D={model_width}, F={width}"
+    if not (are_swizzled(model_width) and are_swizzled(width)):
+        return (
+            f"it copies 64 columns at a time: widths are multiples, or 16, 32, 48; these are D={model_width}, F={width}"
+        )
     if x_TD.shape[0] > MOST_TOKENS:
         return f"it applies every active expert to all tokens: at most {MOST_TOKENS}, got {x_TD.shape[0]}"
     return None

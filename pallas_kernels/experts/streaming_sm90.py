@@ -50,6 +50,11 @@ class WeightTiles:
         return cls(stack_XRI, both, ROWS * PIECES, True)
 
 
+def are_swizzled(columns: int) -> bool:
+    """Whether copies of up to 64 columns into swizzled memory exist for an array of this width."""
+    return columns % 64 == 0 or (columns < 64 and columns % 16 == 0)
+
+
 def load_pieces(stack_gmem, places, columns, slot_smem, full, *, in_one_copy: bool) -> None:
     """Starts to load both pieces of a slot."""
     if in_one_copy:
