@@ -146,16 +146,18 @@ def route(
         biases = dict(gate_bias_E=gate_bias_E, selection_bias_E=selection_bias_E)
         norm = dict(norm_weight_D=norm_weight_D, norm_epsilon=norm_epsilon)
         return reference.normalising(route)(x_TD, gate_ED, rule=rule, **biases, **norm)
-    blocks = _blocks(dispatch.current_device().num_sms, x_TD.shape[1] // TILE)
+    blocks = _blocks(dispatch.current_device().num_sms, x_TD, gate_ED)
     arrays = (x_TD, gate_ED, gate_bias_E, selection_bias_E, norm_weight_D)
     return _route(*arrays, rule=rule, norm_epsilon=norm_epsilon, blocks=blocks)
 
 
-def _blocks(num_sms: int, width_tiles: int) -> int:
+def _blocks(num_sms: int, x_TD, gate_ED) -> int:
     """Blocks in the cluster: a power of two, each with something to multiply."""
     if num_sms < LEAST_SMS:
         return 1
-    return min(MAX_BLOCKS, 1 << (width_tiles.bit_length() - 1))
+    # 32 tokens among 256 experts: registers spill with eight blocks, not with four.
+    largest = MAX_BLOCKS // 2 if gate_ED.shape[0] > 2 * TILE and x_TD.shape[0] > GROUP else MAX_BLOCKS
+    return min(largest, 1 << ((x_TD.shape[1] // TILE).bit_length() - 1))
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "norm_epsilon", "blocks"))
@@ -802,7 +804,7 @@ def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, **arguments):
         return f"it chooses up to {TILE} experts per token, not {rule.top_k}"
     if width % TILE:
         return f"the model width {width} is not a multiple of {TILE}"
-    if _sizes(x_TD, gate_ED, _blocks(device.num_sms, width // TILE), has_norm=has_norm).stages < 1:
+    if _sizes(x_TD, gate_ED, _blocks(device.num_sms, x_TD, gate_ED), has_norm=has_norm).stages < 1:
         return f"{num_tokens} tokens and {num_experts} experts seen from a width of {width} exceed shared memory"
     if x_TD.dtype != jnp.bfloat16 or gate_ED.dtype != jnp.bfloat16:
         return f"it multiplies bfloat16, not {x_TD.dtype} by {gate_ED.dtype}"
