@@ -63,6 +63,7 @@ def test_norm_clip_and_rotation_by_hand() -> None:
         ),
         ("expected clip to be positive or None, got 0", dict(clip=0.0)),
         ("expected window to be at least 1 or None, got 0", dict(window=0)),
+        ("cannot run this call: it needs a Hopper GPU", dict(implementation="mosaic_sm90")),
     ],
 )
 def test_refuses(message: str, changes: dict[str, Any]) -> None:
