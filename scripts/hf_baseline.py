@@ -37,7 +37,8 @@ def fill(model: Any, values: Mapping[str, Any], places: Mapping[str, tuple[str, 
     model.requires_grad_(False)
     device = next(iter(tensors.values())).device
     # The rotary table is computed from the config, and so far without memory too.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config, device=device)
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
 
 
 class Clock(transformers.StoppingCriteria):
