@@ -32,12 +32,7 @@ MOST_TEMPORARY_BYTES = 32 << 20
     ("name", "batch", "projections"),
     [
         ("qwen3-30b-a3b", 1, 2),
-        pytest.param(
-            *("olmoe-1b-7b", 8, 2),
-            marks=pytest.mark.xfail(
-                reason="XLA's attention transposes a cache of as many key as query heads each step"
-            ),
-        ),
+        ("olmoe-1b-7b", 8, 2),
         ("mixtral-8x7b", 1, 2),
         ("tinymistral-6x248m", 8, 2),
         ("qwen1.5-moe-a2.7b", 1, 4),  # a shared expert's up and down as well
