@@ -18,9 +18,10 @@ from pallas_kernels import aot
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAYERS = 2
+KERNELS = ("matvec", "decode_attention", "route_decode", "experts_decode")
 PROMPT, NEW_TOKENS = 1024, 1024
-# Beside a layer's kernels: XLA's attention as long as it has no kernel of its own, and a shared expert's gate.
-MOST_BESIDE_KERNELS = 16
+# Beside a layer's kernels: a shared expert's gate, and padding for the 60 experts of qwen1.5.
+MOST_BESIDE_KERNELS = 8
 # Embedding, rotation tables, last norm, head, the choice of a token, stop tokens, counters.
 MOST_OF_A_STEP = 32
 # Logits of a step in float32, and what choosing a token makes of them.
@@ -51,10 +52,11 @@ def test_a_decode_step_is_few_launches_and_copies_nothing(name: str, batch: int,
     limit = jax.ShapeDtypeStruct((), np.int32)
     program = aot.compile_for_h200(programs.advance, leaves, state, request.inputs, limit, done_B, donate=(1,))
 
-    counts = {kernel: program.launches.count(kernel) for kernel in ("matvec", "route_decode", "experts_decode")}
-    assert counts == dict(matvec=projections * LAYERS, route_decode=LAYERS, experts_decode=LAYERS)
+    counts = {kernel: program.launches.count(kernel) for kernel in KERNELS}
+    assert counts == dict.fromkeys(KERNELS, LAYERS) | dict(matvec=projections * LAYERS)
     others = len(program.launches) - sum(counts.values())
-    assert others <= LAYERS * MOST_BESIDE_KERNELS + MOST_OF_A_STEP, program.launches
+    beside = LAYERS * MOST_BESIDE_KERNELS if projections > 2 else 0
+    assert others <= beside + MOST_OF_A_STEP, program.launches
     assert not program.large_copies
     assert program.temporary_bytes <= MOST_TEMPORARY_BYTES
     for kernel in program.kernels:
