@@ -39,7 +39,7 @@ def test_layer_compiles(name: str, tokens: int) -> None:
         assert kernel.spill_bytes == 0, kernel
         assert kernel.shared_memory_bytes <= aot.SHARED_MEMORY_BYTES, kernel
     assert not program.large_copies
-    is_decode = "route_decode" in program.launches
+    is_decode = "experts_decode" in program.launches
     assert len(program.launches) <= (MOST_LAUNCHES_IN_DECODE if is_decode else MOST_LAUNCHES_IN_PREFILL), (
         program.launches
     )
