@@ -495,13 +495,13 @@ def _merged(parts):
 
 
 def default_settings(q_BQ, k_BKSH, *, window: int | None, norms_whole: bool, num_sms: int) -> dict[str, int]:
-    """As many parts of a head as there is room for at once; two small blocks on a multiprocessor where one is not enough."""
+    """Two small blocks on a multiprocessor if there is work for them, so that clusters always find room; else one large one."""
     batch, kv_heads, capacity, width = k_BKSH.shape
     rows = POSITIONS * _pack(width)
     tiles = pl.cdiv(capacity if window is None else min(capacity, window + rows), rows)
-    heads = batch * kv_heads
-    useful = min(MOST_SPLITS, tiles // LEAST_TILES)
-    splits = max((n for n in range(2, useful + 1) if heads <= _places(n, num_sms)), default=1)
+    heads, splits = batch * kv_heads, 1
+    while 2 * splits <= MOST_SPLITS and 2 * splits * heads <= 2 * num_sms and 2 * splits * LEAST_TILES <= tiles:
+        splits *= 2
     resident = 2 if heads * splits > num_sms else 1
     my_tiles = pl.cdiv(tiles, splits)
     workers = min(MOST_WORKERS // resident, my_tiles)
@@ -513,11 +513,6 @@ def default_settings(q_BQ, k_BKSH, *, window: int | None, norms_whole: bool, num
     stages = max(1, min(my_tiles, share_bytes // (4 * POSITIONS * packed)))
     workers = min(workers, stages)
     return dict(splits=splits, workers=workers, stages=stages // workers * workers)
-
-
-def _places(splits: int, num_sms: int) -> int:
-    """Clusters that surely find room at once: they do not span the GPU's groups of 14 to 18 multiprocessors."""
-    return num_sms // 2 if splits == 2 else num_sms // 16 * (14 // splits)
 
 
 def _supports(
