@@ -249,9 +249,8 @@ def _route_kernel(
     x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, norm_epsilon: float, bias_names: tuple[str, ...],
     **scratch,
 ):  # fmt: skip
-    if sizes.has_norm:
-        norm_weight_gmem, *refs, normed_gmem = refs
-    bias_gmems, outputs = refs[: len(bias_names)], refs[len(bias_names) :]
+    first = int(sizes.has_norm)  # the norm's weights come first and the normalised rows last
+    bias_gmems, outputs = refs[first : first + len(bias_names)], refs[first + len(bias_names) : len(refs) - first]
     *choice_gmems, active_gmem, num_active_gmem, signals_gmem = outputs
     smem = types.SimpleNamespace(**scratch)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -259,7 +258,7 @@ def _route_kernel(
     has_tokens = group * GROUP + replica < sizes.tokens
 
     @pl.when(warpgroup == sizes.workers)
-    def _():
+    def _load_all():
         @plgpu.warp_map
         def _(warp):
             @pl.when(warp == 0)
@@ -267,22 +266,22 @@ def _route_kernel(
                 _load(sizes, x_gmem, gate_gmem, bias_gmems, smem, block)
 
     @pl.when((warpgroup == sizes.workers - 1) & (block == sizes.blocks - 1))
-    def _():
+    def _clear_signals():
         zeros = jnp.zeros((NUM_SIGNALS,), jnp.int32)
         signals_gmem[...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((NUM_SIGNALS,), vec_size=4))
 
     if sizes.has_norm:
 
         @pl.when(warpgroup < sizes.workers)
-        def _():
-            _normalise(sizes, norm_epsilon, smem, block, warpgroup, norm_weight_gmem, normed_gmem)
+        def _normalise_rows():
+            _normalise(sizes, norm_epsilon, smem, block, warpgroup, refs[0], refs[-1])
 
     @pl.when(warpgroup < sizes.multipliers)
-    def _():
+    def _multiply_all():
         _multiply(sizes, smem, block, warpgroup)
 
     @pl.when((warpgroup < sizes.workers) & has_tokens)
-    def _():
+    def _finish_logits():
         if bias_names:
             plgpu.barrier_wait(smem.biases_loaded)
         plgpu.barrier_wait(smem.parts_received)
@@ -291,7 +290,7 @@ def _route_kernel(
         plgpu.barrier_wait(smem.logits_done)
 
     @pl.when(warpgroup < sizes.workers)
-    def _():
+    def _choose_all():
         choice = _Choice(sizes, rule, bias_names, smem, warpgroup, *choice_gmems)
 
         @pl.loop(warpgroup, sizes.owned * sizes.places, step=sizes.workers)
@@ -312,7 +311,7 @@ def _route_kernel(
             plgpu.wait_smem_to_gmem(0)
 
     @pl.when((warpgroup == 0) & has_tokens)
-    def _():
+    def _tell_active():
         plgpu.barrier_wait(smem.tokens_done)
         flags = _own_flags(sizes, rule, smem, replica)
         if sizes.choosers > 1:
