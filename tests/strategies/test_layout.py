@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 import moe_jax
 import sharding
 from moe_jax.model import parameters
+from moe_jax.program import Record, compiled_for
+from moe_jax.sampling import Filters
 
 sys.path.insert(0, str(Path(__file__).parent))
 import families
@@ -125,3 +127,12 @@ def test_a_capacity_drops_choices_and_shows_them(directory):
     is_dropped_BLTA = dropping.routing.prompt_experts_BLTA == -1
     assert is_dropped_BLTA.any()
     assert (dropping.routing.prompt_weights_BLTA[is_dropped_BLTA] == 0).all()
+
+
+def test_a_mesh_of_one_device_runs_the_very_programs_of_no_mesh():
+    """Being shardable costs one device nothing: the jitted functions are the same objects, with no layout in them."""
+    greedy = Filters(samples=False, sorts=False, min_p=False, repetition=False)
+    meshes = (None, "dp=1,ep=1,tp=1")
+    models = [moe_jax.load("shakespeare", dtype="float32", mesh=mesh) for mesh in meshes]
+    programs = [compiled_for(model, greedy, Record())[1] for model in models]
+    assert programs[0] is programs[1]
