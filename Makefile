@@ -30,7 +30,7 @@ lint: $(dev)
 	$(PYTHON) -m mypy
 
 aot: $(dev) $(aot)
-	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) -m aot tests/kernels tests/sharding_accounts tests/strategies
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) -m aot tests/strategies
 
 test-gpu: $(dev) $(cuda)
 	$(PYTHON) -m pytest -m gpu
