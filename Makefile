@@ -30,7 +30,7 @@ lint: $(dev)
 	$(PYTHON) -m mypy
 
 aot: $(dev) $(aot)
-	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) -m aot tests/strategies
+	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) -m aot
 
 test-gpu: $(dev) $(cuda)
 	$(PYTHON) -m pytest -m gpu
