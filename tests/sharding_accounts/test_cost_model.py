@@ -20,6 +20,7 @@ from sharding.formulas import Split
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
 H200 = machines.load("h200")
+B200 = machines.load("b200")
 
 
 def _shape(name: str):
@@ -123,7 +124,7 @@ def test_work_is_checked(arguments, message):
 
 
 def test_the_fit_finds_the_constants_that_made_the_data():
-    truth = dataclasses.replace(H200, expert_hbm_fraction=0.9, expert_flops_fraction=0.6, expert_us=5.0)
+    truth = dataclasses.replace(B200, expert_hbm_fraction=0.9, expert_flops_fraction=0.6, expert_us=5.0)
 
     def time_us(read: float, flops: float) -> float:
         return cost_model.roofline_us(
@@ -136,11 +137,11 @@ def test_the_fit_finds_the_constants_that_made_the_data():
 
     sizes = [(read, flops) for read in (1e6, 1e8, 1e9) for flops in (1e8, 1e11, 5e12)]
     points = [ExpertPoint(*size, time_us(*size)) for size in sizes]
-    fitted, error = cost_model.fit_experts(H200, points, "measured: here")
+    fitted, error = cost_model.fit_experts(B200, points, "measured: here")
     assert error < 0.03
     assert fitted.expert_hbm_fraction == pytest.approx(0.9, abs=0.03)
     assert fitted.expert_flops_fraction == pytest.approx(0.6, abs=0.03)
-    assert fitted.is_measured("expert_us") and not H200.is_measured("expert_us")
+    assert fitted.is_measured("expert_us") and not B200.is_measured("expert_us")
 
 
 def test_links_are_fitted_too():
