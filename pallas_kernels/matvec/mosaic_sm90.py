@@ -288,13 +288,15 @@ def default_settings(x_TI, weights, *, num_sms: int) -> dict[str, int]:
 
 
 def _settings(x_TI, weights, *, parts: int, depth: int, num_sms: int) -> dict[str, int]:
-    """With a ring that fills a block's share of shared memory, if there is use for it."""
+    """With a ring that fills a block's share of shared memory, if there is use for it; shorter steps where two do not fit."""
     tokens, gates = padded_tokens(x_TI.shape[0]), _gates(weights)
     resident = min(MOST_RESIDENT, pl.cdiv(_num_tiles(weights) * parts, num_sms))
     share_bytes = SHARED_MEMORY_BYTES // resident - _sums_bytes(x_TI, weights, parts) - 4 * tokens * ROWS - (4 << 10)
-    slot_bytes = 2 * depth * (gates * ROWS + tokens + 2)
+    row_bytes = 2 * (gates * ROWS + tokens + 2)  # of a column of a slot
+    while depth > SWIZZLED and 2 * depth * row_bytes > share_bytes:
+        depth //= 2
     my_steps = pl.cdiv(pl.cdiv(x_TI.shape[1], depth), parts)
-    return dict(parts=parts, depth=depth, stages=max(2, min(my_steps, share_bytes // slot_bytes)))
+    return dict(parts=parts, depth=depth, stages=max(2, min(my_steps, share_bytes // (depth * row_bytes))))
 
 
 def _num_tiles(weights) -> int:
