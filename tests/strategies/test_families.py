@@ -53,7 +53,7 @@ def test_logits(directory, model_type, logits_XV, strategy):
     # Each family meets each strategy on another mesh.
     mesh = MESHES[(list(sharding.STRATEGIES).index(strategy) + list(families.CONFIGS).index(model_type)) % len(MESHES)]
     split = moe_jax.load(directory / model_type, dtype="float32", mesh=mesh, strategy=strategy)
-    error = np.linalg.norm(families.logits(split) - logits_XV) / np.linalg.norm(logits_XV)
+    error = np.abs(families.logits(split) - logits_XV).max() / np.abs(logits_XV).max()
     assert error <= TOLERANCE, f"on {mesh}"
 
 
