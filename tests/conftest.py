@@ -3,6 +3,7 @@ rounded wherever the models say so, as in PyTorch: XLA would leave out roundings
 them near-equal experts change places."""
 
 import os
+from pathlib import Path
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -11,6 +12,11 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     )
     # Threads of XLA's CPU client, otherwise one per core: interpreted kernels have more that wait for one another.
     os.environ.setdefault("NPROC", "16")
+
+MAPPINGS = Path("/proc/self/maps")
+# Linux gives a process 65,530 mappings of memory, and XLA's CPU programs, which JAX keeps, take several each. Where
+# they run out, whatever compiles next crashes the process: two workers had passed 38,000 halfway through the tests.
+MOST_MAPPINGS = 20_000
 
 
 def pytest_collection_modifyitems(items):
@@ -23,3 +29,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+def pytest_runtest_teardown():
+    """Programs of earlier tests are given up before there are too many of them."""
+    import jax
+
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
