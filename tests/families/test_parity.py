@@ -20,7 +20,9 @@ CASES = sorted(path.parent.relative_to(FIXTURES).as_posix() for path in FIXTURES
 FLOAT32_TOLERANCE = 1e-5
 # The bar for bfloat16 is Hugging Face's own rounding error.
 BFLOAT16_FACTOR = 1.5
-TOKENS_BETWEEN_EXPERTS = 2  # of 41
+# Router logits reach 8, where bfloat16's values are 0.03 apart: nearer than that, roundings choose the expert.
+NEAR_TIE = 0.03
+MOST_TIES = 4  # of 33 tokens, in a fixture
 
 
 @functools.cache
@@ -40,6 +42,21 @@ def teacher_forced(model: moe_jax.Model, case: str) -> np.ndarray:
     if decoder_tokens is None:
         logits[np.arange(logits.shape[1]) >= want["lengths"][:, None]] = 0
     return logits
+
+
+def is_clear_of_ties(case: str) -> np.ndarray:
+    """`[B, T]`: false where a router stands between two experts, so that bfloat16 may make another token of it altogether.
+
+    As far as the fixture tells: it has the router logits of the third prompt.
+    """
+    want = expected(case)
+    is_clear_BT = np.ones(want["logits"].shape[:2], bool)
+    if "router_logits" in want:
+        active = want["router_experts"].shape[-1]
+        chosen_LTA, rejected_LTX = np.split(np.sort(want["router_logits"], axis=-1), [-active], axis=-1)[::-1]
+        margin_LT = chosen_LTA.min(axis=-1) - rejected_LTX.max(axis=-1, initial=-np.inf)
+        is_clear_BT[2] = (margin_LT >= NEAR_TIE).all(axis=0)
+    return is_clear_BT
 
 
 def prompts(case: str) -> list[list[int]]:
@@ -71,11 +88,9 @@ def test_float32_logits_and_greedy_tokens(case):
 def test_bfloat16_is_as_close_as_hugging_face(case):
     model = moe_jax.load(FIXTURES / case, dtype="bfloat16")
     allowed = BFLOAT16_FACTOR * float(expected(case)["bfloat16_relative_error"][0])
-    got, want = teacher_forced(model, case), expected(case)["logits"]
-    # Where a router stands between two experts, roundings decide, and that token's logits are others altogether.
-    errors_BT = np.linalg.norm(got - want, axis=-1)
-    is_usual_BT = errors_BT < np.sort(errors_BT, axis=None)[-TOKENS_BETWEEN_EXPERTS]
-    assert relative_error(got[is_usual_BT], want[is_usual_BT]) <= allowed
+    got, want, is_clear_BT = teacher_forced(model, case), expected(case)["logits"], is_clear_of_ties(case)
+    assert (~is_clear_BT).sum() <= MOST_TIES
+    assert relative_error(got[is_clear_BT], want[is_clear_BT]) <= allowed
 
 
 def test_runs_on_cpu_without_a_gpu():
