@@ -122,9 +122,13 @@ class Account:
 
 
 def local_devices(groups: np.ndarray, devices_per_node: int) -> int:
-    """The most devices of one group that share a node; devices are numbered node after node."""
+    """How many devices of a group share a node at most, in the group that is spread widest; devices are numbered node after
+    node. Example: on nodes of 8, of the groups 0 to 5 and 6 to 11 the second has 4 on one node."""
     nodes = np.sort(np.asarray(groups) // devices_per_node, axis=-1)
-    return max(int(np.unique(row, return_counts=True)[1].max()) for row in nodes)
+    place = np.broadcast_to(np.arange(nodes.shape[-1]), nodes.shape)
+    is_first = np.diff(nodes, axis=-1, prepend=-1) != 0
+    first = np.maximum.accumulate(np.where(is_first, place, 0), axis=-1)  # place of the first device of the same node
+    return int((place - first).max(axis=-1).min()) + 1
 
 
 def mesh_groups(sizes: dict[str, int], axes: tuple[str, ...]) -> np.ndarray:

@@ -105,6 +105,13 @@ def test_devices_that_share_a_node(axes, expected):
     assert account.local_devices(groups, NODE) == expected
 
 
+def test_a_group_across_nodes_counts_not_the_one_inside():
+    """Two copies on six devices each: on nodes of eight the first stays on one node, the second does not."""
+    groups = account.mesh_groups({"dp": 2, "ep": 6, "tp": 1}, ("ep", "tp"))
+    assert account.local_devices(groups[:1], 8) == 6
+    assert account.local_devices(groups, 8) == 4
+
+
 def test_loops_count_as_often_as_they_run():
     split = Split("tp", ep=8)
     mesh = _mesh(split)
