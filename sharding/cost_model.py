@@ -94,18 +94,26 @@ class Prediction:
         return self.attention_ms + self.experts_ms + self.communication_ms + self.rest_ms
 
 
-def splits(devices: int, strategies: Sequence[str] = tuple(STRATEGIES)) -> list[Split]:
+def splits(devices: int, strategies: Sequence[str] = tuple(STRATEGIES), *, kv_heads: int = 0) -> list[Split]:
     """Every factorisation of the devices into dp x ep x tp, for every strategy and both kinds of attention.
 
-    Strategies that split over ep and tp alike come with tp=1 only: another tp is the same split. Those for which the two
-    mean different things come with tp above 1, since without it they are one of the others.
+    Strategies that split over ep and tp alike come once for each product of the two: with tp=1, or where attention is split
+    with the ep that divides the key/value heads best (8 devices and 4 heads: ep=4, tp=2; with ep=8 each would hold all 4).
+    Those for which the two mean different things come with tp above 1, since without it they are one of the others.
+
+    Raises:
+      ValueError: no devices.
     """
+    if devices < 1:
+        raise ValueError(f"expected at least 1 device, got {devices}")
     found = []
     for name, ep, tp in itertools.product(strategies, _divisors(devices), _divisors(devices)):
         if devices % (ep * tp) or (tp > 1) != _uses_both(name):
             continue
-        for attention in ("dp", "tp") if ep * tp > 1 else ("dp",):
-            found.append(Split(name, devices // (ep * tp), ep, tp, attention))
+        found.append(Split(name, devices // (ep * tp), ep, tp, "dp"))
+        if ep * tp > 1:
+            by_heads = ep if tp > 1 else math.gcd(ep, kv_heads)
+            found.append(Split(name, devices // (ep * tp), by_heads, ep * tp // by_heads, "tp"))
     return found
 
 
@@ -144,26 +152,28 @@ def memory(shape: ModelShape, split: Split, work: Work) -> Memory:
     """Bytes of one device. Temporary memory by the largest buffers of one layer, or the logits."""
     expert = shape.expert_parameters * split.local_experts(shape.experts) / split.column_parts
     moe = shape.sparse_layers * (expert + shape.experts * shape.width)
-    split_by_attention = shape.matrix_parameters - shape.sparse_layers * shape.experts * (
-        shape.expert_parameters + shape.width
-    )
+    keys_values, embeddings = shape.layers * shape.key_value_parameters, shape.embedding_parameters
+    others = shape.matrix_parameters - keys_values - embeddings
+    others -= shape.sparse_layers * shape.experts * (shape.expert_parameters + shape.width)
     parts = split.attention_parts
+    around = (
+        others / parts + keys_values / split.heads_parts(shape.kv_heads) + embeddings / split.heads_parts(shape.vocab)
+    )
     requests = work.batch * parts  # in the devices that share one attention
-    cached = requests * work.context * shape.layers * shape.cached / _cache_parts(shape, parts)
+    cached = requests * work.context * shape.layers * shape.cached / _cache_parts(shape, split)
     tokens = work.tokens * split.copy_devices  # of a copy
     here = tokens if not split.row.tokens or split.row.exchange.__name__ == "gather_scatter" else work.tokens
     rows = tokens * shape.active / split.expert_parts * work.imbalance
     layer = here * shape.width * (2 * ITEM_BYTES + 4) + rows * ITEM_BYTES * (
         2 * shape.width + 3 * shape.expert_width / split.column_parts
     )
-    logits = 4 * requests * shape.vocab / parts
-    return Memory(ITEM_BYTES * (moe + split_by_attention / parts), ITEM_BYTES * cached, max(layer, logits))
+    logits = 4 * requests * shape.vocab / split.heads_parts(shape.vocab)
+    return Memory(ITEM_BYTES * (moe + around), ITEM_BYTES * cached, max(layer, logits))
 
 
-def _cache_parts(shape: ModelShape, parts: int) -> int:
+def _cache_parts(shape: ModelShape, split: Split) -> int:
     """How often the cache is split when the heads are: not beyond key/value heads, and a latent vector not at all."""
-    is_by_heads = shape.cached == 2 * shape.kv_heads * shape.head_width
-    return math.gcd(parts, shape.kv_heads) if is_by_heads else 1
+    return split.heads_parts(shape.kv_heads) if shape.has_cache_by_heads else 1
 
 
 def predict(
@@ -254,9 +264,11 @@ def attention_layer_us(shape: ModelShape, machine: Machine, split: Split, work: 
     """Projections, and attention over the cache (decode) or among the prompt's tokens (prefill)."""
     parts = split.attention_parts
     tokens = work.tokens * parts  # that a device projects, with its part of the heads
-    projections = _dense_us(machine, shape.attention / parts, tokens)
+    keys_values = shape.key_value_parameters
+    parameters = (shape.attention - keys_values) / parts + keys_values / split.heads_parts(shape.kv_heads)
+    projections = _dense_us(machine, parameters, tokens)
     if work.phase == DECODE:
-        size = ITEM_BYTES * tokens * work.context * shape.cached / _cache_parts(shape, parts)
+        size = ITEM_BYTES * tokens * work.context * shape.cached / _cache_parts(shape, split)
         return projections + machine.attention_us + 1e6 * size / (machine.hbm_bytes_per_s * machine.cache_hbm_fraction)
     flops = 2 * tokens * work.context * shape.q_heads * shape.head_width / parts  # half of the square is masked
     return projections + machine.attention_us + 1e6 * flops / (machine.flops_per_s * machine.prefill_flops_fraction)
@@ -287,7 +299,7 @@ def roofline_us(size: float, flops: float, *, hbm: float, flops_per_s: float, st
 def _rest_us(shape: ModelShape, machine: Machine, split: Split, work: Work) -> float:
     parts = split.attention_parts
     tokens = work.tokens * parts
-    head = _dense_us(machine, shape.vocab * shape.width / parts, work.batch * parts)
+    head = _dense_us(machine, shape.vocab * shape.width / split.heads_parts(shape.vocab), work.batch * parts)
     dense, shared = (3 * shape.width * width / parts for width in (shape.dense_width, shape.shared_width))
     dense_layers = shape.layers - shape.sparse_layers
     return (

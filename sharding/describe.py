@@ -39,6 +39,20 @@ class ModelShape:
         return 3 * self.width * self.expert_width
 
     @property
+    def has_cache_by_heads(self) -> bool:
+        """Whether the cache has keys and values of each head, not a latent vector for all of them."""
+        return self.cached == 2 * self.kv_heads * self.head_width
+
+    @property
+    def key_value_parameters(self) -> int:
+        """Of one layer's key and value projections, where they go by heads."""
+        return self.width * self.cached if self.has_cache_by_heads else 0
+
+    @property
+    def embedding_parameters(self) -> int:
+        return (1 if self.is_tied else 2) * self.vocab * self.width
+
+    @property
     def moe_layer_parameters(self) -> int:
         return self.experts * (self.expert_parameters + self.width) + 3 * self.width * self.shared_width
 
@@ -46,8 +60,8 @@ class ModelShape:
     def matrix_parameters(self) -> int:
         """All matrices; norms and biases, less than a thousandth, are left out."""
         dense = (self.layers - self.sparse_layers) * 3 * self.width * self.dense_width
-        embeddings = (1 if self.is_tied else 2) * self.vocab * self.width
-        return self.layers * self.attention + self.sparse_layers * self.moe_layer_parameters + dense + embeddings
+        experts = self.sparse_layers * self.moe_layer_parameters
+        return self.layers * self.attention + experts + dense + self.embedding_parameters
 
     def active_experts(self, tokens: float) -> float:
         """How many of a layer's experts a step of that many tokens visits, on average, when routing is uniform."""

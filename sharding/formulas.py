@@ -70,6 +70,13 @@ class Split:
     def attention_parts(self) -> int:
         return self.copy_devices if self.attention == "tp" else 1
 
+    def heads_parts(self, entries: int) -> int:
+        """Over how many devices attention splits this many key/value heads, or words: as `Layout.dividing`, over ep and tp
+        or over ep alone as far as they divide them. On the other devices there are copies."""
+        if self.attention == "dp":
+            return 1
+        return max(parts for parts in (1, self.ep, self.ep * self.tp) if entries % parts == 0)
+
     def size(self, axes: Axes) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
 

@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax import models
 from moe_jax.model import abstract_parameters
-from sharding import account, cost_model, machines
+from sharding import account, cost_model, layer, machines, plan_layout
 from sharding.account import Collective
 from sharding.cost_model import DECODE, PREFILL, ExpertPoint, Work
 from sharding.describe import model_shape
@@ -23,8 +23,12 @@ H200 = machines.load("h200")
 B200 = machines.load("b200")
 
 
+def _config(name: str):
+    return json.loads(next(path for path in CONFIGS if path.stem == name).read_text())
+
+
 def _shape(name: str):
-    return model_shape(json.loads(next(path for path in CONFIGS if path.stem == name).read_text()), name)
+    return model_shape(_config(name), name)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -85,6 +89,33 @@ def test_splitting_experts_divides_their_memory_and_more_devices_move_more():
     assert of[1].within_bytes < of[2].within_bytes
 
 
+@pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
+def test_weights_and_cache_are_those_of_the_layout(name):
+    """On devices that divide the key/value heads or do not: 8 and 4 of them here."""
+    config = _config(name) | {"num_hidden_layers": 2}
+    shape, work = model_shape(config), Work(DECODE, batch=2, context=64)
+    family = models.family_of(config)
+    _, abstract = abstract_parameters(family, family.Config.from_hf(config), dtype="bfloat16")
+    splits = [split for devices in (6, 8, 32) for split in cost_model.splits(devices, kv_heads=shape.kv_heads)]
+    splits += [Split("ep_psum", ep=devices, attention="tp") for devices in (8, 32)]  # not the ep that divides them best
+    counted = 0
+    for split in splits:
+        layout = plan_layout(layer.abstract_mesh(split), strategy=split.strategy, attention=split.attention)
+        try:
+            places = [layout.placement(path, names, leaf.shape) for path, (leaf, names) in abstract.items()]
+        except ValueError:
+            assert cost_model.problems(shape, B200, split, work), split
+            continue
+        weights = sum(2 * math.prod(place.sharding.shard_shape(place.padded_shape)) for place in places)
+        keys = (work.batch * split.devices, shape.kv_heads, work.context, shape.head_width)
+        cache = 2 * 2 * shape.layers * math.prod(layout.cache_sharding(keys).shard_shape(keys))
+        estimated = cost_model.memory(shape, split, work)
+        assert estimated.weights == pytest.approx(weights, rel=1e-3), split  # norms and biases are left out
+        assert estimated.cache == cache, split
+        counted += 1
+    assert counted > 50
+
+
 def test_every_factorisation_once():
     found = cost_model.splits(8)
     assert len(set(found)) == len(found)
@@ -92,6 +123,10 @@ def test_every_factorisation_once():
     assert {(split.ep, split.tp) for split in found if split.strategy == "eptp_dp"} == {
         (1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (4, 2)
     }  # fmt: skip
+    by_heads = {(split.ep, split.tp) for split in cost_model.splits(8, ["tp"], kv_heads=4) if split.attention == "tp"}
+    assert by_heads == {(2, 1), (4, 1), (4, 2)}
+    with pytest.raises(ValueError, match="at least 1 device, got 0"):
+        cost_model.splits(0)
 
 
 @pytest.mark.parametrize(
