@@ -1,12 +1,13 @@
 """Compares ways to split a Mixture-of-Experts model over devices: memory, bytes on the wire, predicted time.
 
-    python scripts/compare_sharding.py --model configs/qwen3-30b-a3b.json --devices 8 64 512 --hardware h200
+    python scripts/compare_sharding.py --model configs/qwen3-30b-a3b.json --devices 8,64,512 --hardware h200
 
 Every strategy on every dp x ep x tp of the devices. `--batch` is requests per device (each value is compared), `--context`
 their tokens: a decode step advances each by one, a prefill step reads them all. `--level` says how the bytes of the MoE
 layer are counted for the rows of the table: by formula, in the trace (jaxpr), or in the program compiled for that many CPU
 devices (cpu) or GPUs (gpu, none needed). Times are predicted from the constants of sharding/machines/<hardware>.json.
-Prints a table, the recommended split first; writes JSON lines (every split) and three pictures to --output.
+Prints a table, the recommended split first; writes JSON lines (every split, with the reason where it cannot run) and three
+pictures to --output.
 
     JAX_NUM_CPU_DEVICES=8 python scripts/compare_sharding.py --run --hardware cpu
 
@@ -17,11 +18,13 @@ executes one MoE layer under every strategy on the devices that are there, and p
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +72,24 @@ class Options:
     calibrate: Path | None = None
 
 
+LISTS = ("--devices", "--phase", "--batch", "--strategy")
+
+
+def spaced(arguments: list[str]) -> list[str]:
+    """The arguments with lists as tyro reads them: `--devices 8,64` as `--devices 8 64`."""
+    found, flag = [], ""
+    for each in arguments:
+        flag = each if each.startswith("--") else flag
+        found += each.split(",") if flag in LISTS else [each]
+    return found
+
+
+def tracked(todo: list[Any], what: str) -> Iterable[Any]:
+    """The items one by one; on a terminal a bar shows how far it is."""
+    console = Console(stderr=True)
+    return track(todo, what, console=console, disable=not console.is_terminal)
+
+
 # ---------------------------------------------------------------- comparing
 
 
@@ -82,15 +103,16 @@ def rows_of(options: Options, shape: ModelShape, machine: Machine) -> list[dict[
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", max(options.devices))
     rows, shown = [], []
-    for devices in options.devices:
-        for phase in options.phase:
-            for batch in options.batch:
-                work = Work(phase, batch, options.context, options.capacity_factor, options.imbalance)
-                found = [row_of(shape, machine, split, work) for split in cost_model.splits(devices, names)]
-                rows += found
-                shown += chosen(found)
+    cases = list(itertools.product(options.devices, options.phase, options.batch))
+    for devices, phase, batch in tracked(cases, "Predicting"):
+        work = Work(phase, batch, options.context, options.capacity_factor, options.imbalance)
+        found = [
+            row_of(shape, machine, split, work) for split in cost_model.splits(devices, names, kv_heads=shape.kv_heads)
+        ]
+        rows += found
+        shown += chosen(found)
     if options.level != "analytic":
-        for row in track(shown, f"Counting in {options.level} programs", console=Console(stderr=True)):
+        for row in tracked(shown, f"Counting in {options.level} programs"):
             recount(row, shape, machine, options)
     for group in grouped(shown).values():
         max(group, key=lambda row: row["tokens_per_s_per_device"])["is_recommended"] = True
@@ -141,6 +163,11 @@ def grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]
 
 def split_of(row: dict[str, Any]) -> Split:
     return Split(**{field.name: row[field.name] for field in dataclasses.fields(Split)})
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """Its strategy, or that nothing is split."""
+    return row["strategy"] if row["ep"] * row["tp"] > 1 else "copies"
 
 
 def chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -210,7 +237,7 @@ def table(rows: list[dict[str, Any]], context: int) -> str:
         shown = sorted(chosen(group), key=lambda row: -row["tokens_per_s_per_device"])
         for row in shown:
             memory_gb = (row["weights_bytes"] + row["cache_bytes"] + row["temporary_bytes"]) / 1e9
-            name = row["strategy"] if row["ep"] * row["tp"] > 1 else "(copies)"
+            name = name_of(row)
             lines.append(
                 f"{'* ' if row['is_recommended'] else '  '}{name:10} {row['mesh']:18} {row['attention']:9} "
                 f"{row['tensorrt_name']:12} {memory_gb:9.1f} {row['within_node_bytes'] / 1e6:6.1f} MB "
@@ -240,7 +267,7 @@ def pictures(options: Options, shape: ModelShape, machine: Machine, rows: list[d
         (options.output / f"{stem}_pareto.png", lambda: pareto(options, shape, machine)),
         (options.output / f"{stem}_ep_tp.png", lambda: heat_map(options, shape, machine)),
     ]
-    for path, draw in drawn:
+    for path, draw in tracked(drawn, "Drawing"):
         figure = draw()
         figure.savefig(path, dpi=150, bbox_inches="tight")
     return [path for path, _ in drawn]
@@ -301,24 +328,33 @@ def communication(options: Options, shape: ModelShape, machine: Machine):
 def pareto(options: Options, shape: ModelShape, machine: Machine):
     """Latency against throughput of decoding, from one request per device to as many as fit.
 
-    Of each strategy the fastest split (full), and the fastest over all devices without copies (hollow).
+    Of each strategy the fastest split (full), and the fastest over all devices without copies (hollow): a ring around a
+    full point where they are the same. Grey is the best of all, with its requests per device.
     """
     from matplotlib.lines import Line2D
 
     figure, panels = _panels(len(options.devices))
     for panel, devices in zip(panels, options.devices, strict=True):
-        points: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+        points: dict[tuple[str, bool], list[Point]] = {}
         for batch in (2**n for n in range(10)):
             work = Work(DECODE, batch, options.context, options.capacity_factor, options.imbalance)
-            for row in chosen([row_of(shape, machine, split, work) for split in cost_model.splits(devices)]):
-                name = row["strategy"] if row["ep"] * row["tp"] > 1 else "copies"
-                point = (row["total_ms"], row["tokens_per_s_per_device"])
-                points.setdefault((name, row["dp"] == 1), []).append(point)
+            rows = chosen(
+                [row_of(shape, machine, split, work) for split in cost_model.splits(devices, kv_heads=shape.kv_heads)]
+            )
+            fastest = {name_of(row): row for row in reversed(rows)}
+            for is_wide, each in [(False, row) for row in fastest.values()] + [(True, r) for r in rows if r["dp"] == 1]:
+                point = Point(each["total_ms"], each["tokens_per_s_per_device"], batch)
+                points.setdefault((name_of(each), is_wide), []).append(point)
         for (name, is_wide), found in points.items():
             colour = COLOURS.get(name, "#777777")
-            style = dict(markersize=5, markerfacecolor="none") if is_wide else dict(markersize=4)
-            panel.plot(*zip(*found, strict=True), "o-", color=colour, linewidth=0.6, **style)
-        panel.plot(*zip(*front(points.values()), strict=True), color="#222222", linewidth=4, alpha=0.15, zorder=0)
+            style = dict(markersize=7, markerfacecolor="none") if is_wide else dict(markersize=3)
+            places = [(each.latency_ms, each.rate) for each in found]
+            panel.plot(*zip(*places, strict=True), "o-", color=colour, linewidth=0.6, **style)
+        best = front(points.values())
+        places = [(each.latency_ms, each.rate) for each in best]
+        panel.plot(*zip(*places, strict=True), color="#222222", linewidth=5, alpha=0.15, zorder=0)
+        for each, place in zip(best, places, strict=True):
+            panel.annotate(str(each.batch), place, (-5, 5), textcoords="offset points", ha="right", fontsize=6.5)
         panel.set_xscale("log")
         panel.set_yscale("log")
         for axis in (panel.xaxis, panel.yaxis):
@@ -331,20 +367,34 @@ def pareto(options: Options, shape: ModelShape, machine: Machine):
     panels[0].set_ylabel("tokens/s per device", fontsize=9)
     names = {"copies": "#777777"} | COLOURS
     handles = [Line2D([], [], color=colour, marker="o", markersize=4, linewidth=0.6) for colour in names.values()]
-    handles.append(Line2D([], [], color="#777777", marker="o", markersize=5, markerfacecolor="none", linewidth=0.6))
-    labels = [*names, "hollow: no copies"]
+    handles.append(Line2D([], [], color="#777777", marker="o", markersize=7, markerfacecolor="none", linewidth=0.6))
+    handles.append(Line2D([], [], color="#222222", linewidth=5, alpha=0.15))
+    labels = [*names, "ring: one split of all devices", "best, and requests per device"]
     panels[-1].legend(handles, labels, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.suptitle(f"{shape.name}, decode, context {options.context}: predicted", x=0.01, ha="left", fontsize=11)
+    figure.suptitle(
+        f"{shape.name}, decode, context {options.context}: predicted, the fastest split of each strategy",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
     figure.tight_layout()
     return figure
 
 
-def front(points: Iterable[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+class Point(NamedTuple):
+    """A way to decode: milliseconds for a step, tokens per second and device, requests per device."""
+
+    latency_ms: float
+    rate: float
+    batch: int
+
+
+def front(points: Iterable[list[Point]]) -> list[Point]:
     """The points that no other beats in both latency and throughput."""
-    best: list[tuple[float, float]] = []
-    for latency_ms, rate in sorted(point for found in points for point in found):
-        if not best or rate > best[-1][1]:
-            best.append((latency_ms, rate))
+    best: list[Point] = []
+    for point in sorted(point for found in points for point in found):
+        if not best or point.rate > best[-1].rate:
+            best.append(point)
     return best
 
 
@@ -362,7 +412,7 @@ def heat_map(options: Options, shape: ModelShape, machine: Machine):
         work = Work(phase, options.batch[-1], options.context, options.capacity_factor, options.imbalance)
         sizes = [size for size in (2**n for n in range(10)) if devices % size == 0]
         rate = np.full((len(sizes), len(sizes)), np.nan)
-        for split in cost_model.splits(devices):
+        for split in cost_model.splits(devices, kv_heads=shape.kv_heads):
             place = split.expert_parts, split.column_parts
             if set(place) <= set(sizes) and not cost_model.problems(shape, machine, split, work):
                 found = cost_model.predict(shape, machine, split, work).tokens_per_s_per_device
@@ -418,7 +468,7 @@ def run(options: Options, machine: Machine) -> list[dict[str, Any]]:
         for split in cost_model.splits(devices)
         if split.attention == "dp" and (split.dp == 1 or (split.dp == devices and split.strategy == "tp"))
     ]
-    for tokens, split in track(todo, "Running", console=Console(stderr=True)):
+    for tokens, split in tracked(todo, "Running"):
         records.append(layer_record(split, tokens, machine, options))
     return records
 
@@ -509,16 +559,17 @@ def median_us(function: Callable[..., Any], *arguments: Any, repeats: int = 7) -
 
 
 def run_table(records: list[dict[str, Any]]) -> str:
+    layers = [row for row in records if row["measured"] == "layer"]
     lines = [
-        f"{'strategy':10} {'mesh':12} {'tokens/device':>13} {'measured us':>11} {'predicted':>10} (experts + links)"
+        f"one MoE layer, measured on {layers[0]['device']}, predicted for {layers[0]['hardware']}",
+        f"{'strategy':10} {'mesh':12} {'tokens/device':>13} {'measured us':>11} {'predicted':>10} (experts + links)",
     ]
-    for row in records:
-        if row["measured"] == "layer":
-            predicted = row["predicted_experts_us"] + row["predicted_communication_us"]
-            lines.append(
-                f"{row['strategy']:10} {split_of(row).mesh:12} {row['tokens_per_device']:13} {row['time_us']:11.0f} "
-                f"{predicted:10.0f} ({row['predicted_experts_us']:.0f} + {row['predicted_communication_us']:.0f})"
-            )
+    for row in layers:
+        predicted = row["predicted_experts_us"] + row["predicted_communication_us"]
+        lines.append(
+            f"{row['strategy']:10} {split_of(row).mesh:12} {row['tokens_per_device']:13} {row['time_us']:11.0f} "
+            f"{predicted:10.0f} ({row['predicted_experts_us']:.0f} + {row['predicted_communication_us']:.0f})"
+        )
     return "\n".join(lines)
 
 
@@ -562,10 +613,24 @@ def run_point(line: dict[str, Any]) -> ExpertPoint:
     return ExpertPoint(read, 2 * rows * shape.expert_parameters, line["time_us"])
 
 
+def described(path: Path) -> ModelShape:
+    """The shape of the model whose config.json this is.
+
+    Raises:
+      ValueError: there is no such file, or it is not the config of a model that can be split.
+    """
+    try:
+        return model_shape(json.loads(path.read_text()), path.stem)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"expected --model to be a config.json, such as one of configs/, got {path} ({error})"
+        ) from None
+
+
 def main(options: Options) -> None:
     machine = machines.load(options.hardware)
     if options.calibrate:
-        path = machines.FOLDER / f"{machine.name}.json"
+        path = machines.path_of(options.hardware)
         machines.save(calibrated(machine, options.calibrate), path)
         print(f"wrote {path}")
         return
@@ -575,7 +640,7 @@ def main(options: Options) -> None:
         path = options.output / f"run_{machine.name}.jsonl"
         print(run_table(records))
     else:
-        shape = model_shape(json.loads(options.model.read_text()), options.model.stem)
+        shape = described(options.model)
         records = rows_of(options, shape, machine)
         print(table(records, options.context))
         path = options.output / f"{shape.name}_{machine.name}.jsonl"
@@ -585,4 +650,9 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    try:
+        main(tyro.cli(Options, description=__doc__, args=spaced(sys.argv[1:])))
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"compare_sharding.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("compare_sharding.py: interrupted, nothing was written")

@@ -60,13 +60,18 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
+def path_of(name_or_path: str | Path) -> Path:
+    """Where a machine's constants are: in this folder by its name, or in a file of one's own."""
+    return Path(name_or_path) if str(name_or_path).endswith(".json") else FOLDER / f"{name_or_path}.json"
+
+
 def load(name_or_path: str | Path) -> Machine:
     """A machine of this folder by its name, or of any file by its path.
 
     Raises:
       ValueError: there is no such machine, or its file lacks a constant, has an unknown one, or gives no source.
     """
-    path = Path(name_or_path) if str(name_or_path).endswith(".json") else FOLDER / f"{name_or_path}.json"
+    path = path_of(name_or_path)
     if not path.exists():
         raise ValueError(f"expected a machine among {', '.join(names())}, or a path to a .json, got {name_or_path}")
     read = json.loads(path.read_text())

@@ -24,6 +24,7 @@ def _run(*arguments: str) -> str:
         command, cwd=ROOT, env={"PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no progress bar: not a terminal
     return done.stdout
 
 
@@ -31,7 +32,7 @@ def _run(*arguments: str) -> str:
 def test_comparing(level, tmp_path):
     printed = _run(
         "scripts/compare_sharding.py", "--model", "configs/mixtral-8x7b.json", "--devices", "8", "--batch", "16",
-        "--level", level, "--output", str(tmp_path),
+        "--phase", "decode,prefill", "--level", level, "--output", str(tmp_path),
     )  # fmt: skip
     assert "times are predicted" in printed
     assert (
@@ -55,7 +56,8 @@ def test_running_and_calibrating(tmp_path):
     records = [script["layer_record"](split, tokens, machine, options) for split in splits for tokens in (1, 2, 4)]
     records += [script["link_record"](kind, 1 << 12) for kind in script["links"]()]
     printed = script["run_table"](records)
-    assert printed.count("\n") == 9 and "ep=2,tp=2" in printed
+    assert printed.count("\n") == 10 and "ep=2,tp=2" in printed
+    assert "predicted for cpu" in printed.splitlines()[0]
 
     lines = tmp_path / "run.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in records))
@@ -66,6 +68,8 @@ def test_running_and_calibrating(tmp_path):
     lines.write_text(json.dumps({"shape": "nobody's"}))
     with pytest.raises(ValueError, match="expected lines of --run or of scripts/benchmark_kernels"):
         script["calibrated"](machine, lines)
+    with pytest.raises(ValueError, match="expected --model to be a config"):
+        script["described"](lines)
 
 
 def test_drawing(tmp_path):
