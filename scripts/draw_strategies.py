@@ -68,6 +68,13 @@ def device(axes, x: float, split: Split, ep: int, tp: int) -> None:
         axes.text(left + 0.115, 0.2, str(expert), ha="center", va="center", fontsize=6, color=LINE)
 
 
+def step(axes, y: float, text: str) -> None:
+    """What happens between the devices: a band across all of them."""
+    left, right = 1.0, 1.15 + 2.85 * EP * TP - 0.2
+    axes.add_patch(Rectangle((left, y - 0.18), right - left, 0.36, color="#f5ecdb", zorder=2))
+    axes.text((left + right) / 2, y, text, ha="center", va="center", fontsize=8.5, color=LINE, zorder=3)
+
+
 def index(names: tuple[str, ...], ep: int, tp: int) -> int:
     """A device's number along these axes; the first is the slowest."""
     return {(): 0, ("ep",): ep, ("tp",): tp, ("ep", "tp"): ep * TP + tp}[names]
@@ -82,9 +89,8 @@ def diagram(name: str):
         device(axes, 1.15 + 2.85 * number, split, *divmod(number, TP))
     axes.text(1.0, 2.55, "tokens", ha="right", va="center", fontsize=8, color=LINE)
     axes.text(1.0, 1.1, "experts", ha="right", va="center", fontsize=8, color=LINE)
-    middle = 1.15 + 2.85 * 2 - 0.18
-    axes.text(middle, 2.1, f"▼  {before}", ha="center", va="center", fontsize=8.5, color=LINE, backgroundcolor="white")
-    axes.text(middle, -0.45, f"▲  {after}", ha="center", va="center", fontsize=8.5, color=LINE)
+    step(axes, 2.1, f"▼  {before}")
+    step(axes, -0.4, f"▲  {after}")
     axes.set_title(name, loc="left", fontsize=12, fontweight="bold", color=LINE)
     axes.set_xlim(0, 12.6)
     axes.set_ylim(-0.75, 3.5)
