@@ -5,6 +5,7 @@ A directory with the parameters in a folder of their own, and the tokenizer's fi
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from moe_jax.checkpoints.errors import CheckpointError
 from moe_jax.checkpoints.save import replaced
 
 PARAMETERS = "parameters"
+DAMAGED = "files of it are missing or cut short; copy it again, or save it anew"
 
 
 def save_orbax(
@@ -61,8 +63,15 @@ def is_orbax(directory: str | Path) -> bool:
 
 
 def read_orbax_config(directory: str | Path) -> dict[str, Any]:
-    """The config that was saved with the parameters."""
-    return dict(_metadata(directory).custom_metadata or {})
+    """The config that was saved with the parameters.
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+    config = dict(_metadata(directory).custom_metadata or {})
+    if not config:
+        raise CheckpointError(f"expected a model's config with the parameters of {directory}, got none: {DAMAGED}")
+    return config
 
 
 def read_orbax_dtypes(directory: str | Path) -> set[str]:
@@ -74,7 +83,7 @@ def load_orbax(directory: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruc
     """Loads exactly the parameters of `abstract`, with its dtypes and shardings, whatever they were saved with.
 
     Raises:
-      CheckpointError: the checkpoint holds other parameters or shapes (all of them listed).
+      CheckpointError: the checkpoint holds other parameters or shapes (all of them listed), or cannot be read.
     """
     saved = _metadata(directory).metadata
     problems = {
@@ -93,11 +102,19 @@ def load_orbax(directory: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruc
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
         for name, leaf in abstract.items()
     }
-    return ocp.load(Path(directory).absolute() / PARAMETERS, placed)
+    try:
+        return ocp.load(Path(directory).absolute() / PARAMETERS, placed)
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, json.JSONDecodeError):
+            raise  # memory, interruption: not the files, for which Orbax and TensorStore raise these two
+        raise CheckpointError(f"expected all data of {directory}, got some that cannot be read: {DAMAGED}") from error
 
 
 def _metadata(directory: str | Path) -> Any:
     try:
-        return ocp.metadata(Path(directory).absolute() / PARAMETERS)
+        found = ocp.metadata(Path(directory).absolute() / PARAMETERS)
     except (ocp.errors.InvalidLayoutError, FileNotFoundError) as error:
         raise CheckpointError(f"expected a directory that save_orbax wrote, got {directory}") from error
+    if found.metadata is None:  # Orbax logs why
+        raise CheckpointError(f"expected a list of parameters in {directory}, got none that can be read: {DAMAGED}")
+    return found

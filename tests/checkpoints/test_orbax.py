@@ -1,6 +1,7 @@
 """Orbax checkpoints: round trip, resharding, and disagreements."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,23 @@ def test_disagreements_are_told_together(toy, tmp_path, parameters):
         "extra: embedding.weight_VD [16, 8]",
         "wrong shape: layers.0.moe.down_EDF, expected [4, 8, 6], got [4, 8, 5]",
     )
+
+
+def test_damaged_files_are_told_from_wrong_ones(tmp_path):
+    whole, values = tmp_path / "whole", np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
+    save_orbax(whole, {"w": jax.numpy.asarray(values)}, {"model_type": "toy"})
+    largest = max((file for file in whole.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    for file, message in (
+        (largest, "all data of .*, got some that cannot be read"),
+        (whole / "parameters" / "state" / "manifest.ocdbt", "a list of parameters in .*, got none that can be read"),
+        (whole / "parameters" / "_CHECKPOINT_METADATA", "expected a model's config"),
+    ):
+        damaged = tmp_path / file.name
+        shutil.copytree(whole, damaged)
+        (damaged / file.relative_to(whole)).write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(CheckpointError, match=f"{message}.*missing or cut short"):
+            read_orbax_config(damaged)
+            load_orbax(damaged, {"w": jax.ShapeDtypeStruct(values.shape, values.dtype)})
 
 
 def test_paths_are_checked(toy, tmp_path, parameters):
