@@ -18,6 +18,7 @@ executes one MoE layer under every strategy on the devices that are there, and p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -461,16 +462,14 @@ def _short(value: float) -> str:
 def run(options: Options, machine: Machine) -> list[dict[str, Any]]:
     """Measures bare collectives, then one MoE layer under every strategy on the devices that are there."""
     devices = jax.device_count()
-    records = [link_record(kind, size) for kind in links() for size in LINK_BYTES] if devices > 1 else []
-    todo = [
-        (tokens, split)
+    of_links = [functools.partial(link_record, kind, size) for kind in links() for size in LINK_BYTES]
+    of_layers = [
+        functools.partial(layer_record, split, tokens, machine, options)
         for tokens in RUN_TOKENS
         for split in cost_model.splits(devices)
         if split.attention == "dp" and (split.dp == 1 or (split.dp == devices and split.strategy == "tp"))
     ]
-    for tokens, split in tracked(todo, "Running"):
-        records.append(layer_record(split, tokens, machine, options))
-    return records
+    return [measure() for measure in tracked((of_links if devices > 1 else []) + of_layers, "Running")]
 
 
 def links() -> dict[str, Callable[[jax.Array], jax.Array]]:
