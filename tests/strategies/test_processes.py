@@ -51,14 +51,18 @@ def directory(tmp_path_factory) -> Path:
     return directory
 
 
-def together(commands: list[list[str]], *, devices: int = 2) -> list[tuple[int, str, str]]:
+def together(commands: list[list[str]], *, devices: int = 2, slurm: bool = False) -> list[tuple[int, str, str]]:
     """Runs processes at the same time; exit status, output and errors of each. None may outlive the time limit."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
     with contextlib.ExitStack() as stack:
         processes = []
-        for command in commands:
+        for process_id, command in enumerate(commands):
             process = subprocess.Popen(
-                [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                [sys.executable, *command],
+                env=environment | (slurm_variables(process_id, len(commands)) if slurm else {}),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
             stack.enter_context(process)  # waits for it, after the next line's kill
             stack.callback(process.kill)
@@ -69,6 +73,18 @@ def together(commands: list[list[str]], *, devices: int = 2) -> list[tuple[int, 
             out, errors = process.communicate(timeout=deadline_s - time.monotonic())
             results.append((process.returncode, out, errors))
     return results
+
+
+def slurm_variables(process_id: int, processes: int) -> dict[str, str]:
+    """What srun sets on one node. JAX makes the port of the job's number."""
+    return dict(
+        SLURM_JOB_ID=str(os.getpid()),
+        SLURM_STEP_NODELIST="localhost",
+        SLURM_STEP_NUM_NODES="1",
+        SLURM_NTASKS=str(processes),
+        SLURM_PROCID=str(process_id),
+        SLURM_LOCALID=str(process_id),
+    )
 
 
 def free_port() -> str:
@@ -135,9 +151,9 @@ def test_when_a_process_dies_the_others_end(directory):
     ids=["wrong mesh", "different meshes"],
 )
 def test_every_process_says_what_is_wrong(directory, meshes, message):
-    hosts = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
-    options = [str(SCRIPT), "--model", str(directory / "olmoe"), "--prompts", "5"]
-    results = together([[*options, "--mesh", mesh, *hosts, str(process_id)] for process_id, mesh in enumerate(meshes)])
+    """Started as by srun, whose variables JAX reads."""
+    options = [str(SCRIPT), "--multi-host", "--model", str(directory / "olmoe"), "--prompts", "5"]
+    results = together([[*options, "--mesh", mesh] for mesh in meshes], slurm=True)
     for process_id, (status, _, errors) in enumerate(results):
         assert status == 2
         assert f"process {process_id}: " in errors
