@@ -382,5 +382,5 @@ def fit_links(machine: Machine, measured: Sequence[tuple[Collective, float]], so
         machine,
         source,
         within_us=round(max(float(start_us), 0.0), 2),
-        within_fraction=round(1 / max(slowness, 1e-9), 5),
+        within_fraction=round(1 / max(float(slowness), 1.0), 5),  # noise can make it negative: larger is faster
     )

@@ -65,11 +65,14 @@ def test_running_and_calibrating(tmp_path):
     assert {name for name in machines.CONSTANTS if fitted.is_measured(name)} == {
         "expert_hbm_fraction", "expert_flops_fraction", "expert_us", "within_us", "within_fraction"
     }  # fmt: skip
+    assert fitted.within_fraction <= 1, (
+        "measured at one size, with noise: no reason to believe in links above their rate"
+    )
     lines.write_text(json.dumps({"shape": "nobody's"}))
     with pytest.raises(ValueError, match="expected lines of --run or of scripts/benchmark_kernels"):
         script["calibrated"](machine, lines)
     with pytest.raises(ValueError, match="expected --model to be a config"):
-        script["described"](lines)
+        script["described"](tmp_path / "nothing.json")
 
 
 def test_drawing(tmp_path):
