@@ -67,7 +67,7 @@ def experts(
 ):
     device = dispatch.current_device()
     if settings is None:
-        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0], tile=padded_tokens)
+        settings = tuning.lookup(f"experts.{NAME}", shape_key(routing, up_EGFD), x_TD.shape[0], tile=_token_tile)
     if settings is None:
         settings = default_settings(x_TD)
     return _experts(
@@ -106,7 +106,7 @@ def _experts(
     is_interpreted,
 ):
     num_experts = up_EGFD.shape[0]
-    most = next((tokens for tokens in TOKEN_TILES if tokens >= len(x_TD)), TOKEN_TILES[-1])
+    most = _token_tile(len(x_TD))
     plan = grouped_plan_sm90.plan(
         routing.experts_TA,
         num_experts=num_experts,
@@ -291,9 +291,14 @@ def _matmul(
     )(*operands)
 
 
+def _token_tile(num_tokens: int) -> int:
+    """The most tokens of an expert that one item multiplies."""
+    return min(padded_tokens(num_tokens), TOKEN_TILES[-1])
+
+
 def default_settings(x_TD) -> dict[str, int]:
     """Rings that fill shared memory beside the results, which leave it in float32 the second time."""
-    tokens = min(padded_tokens(len(x_TD)), TOKEN_TILES[-1])
+    tokens = _token_tile(len(x_TD))
     return _settings(128 if tokens <= 64 else 64, tokens)
 
 
@@ -310,7 +315,7 @@ def _settings(depth: int, tokens: int) -> dict[str, int]:
 
 def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> list[dict[str, int]]:
     """Settings worth trying, the default first."""
-    default, tokens = default_settings(x_TD), min(padded_tokens(len(x_TD)), TOKEN_TILES[-1])
+    default, tokens = default_settings(x_TD), _token_tile(len(x_TD))
     return [default, _settings(192 - default["up_depth"], tokens)]
 
 
