@@ -97,7 +97,7 @@ def gpu_to_oneself() -> Iterator[None]:
 
 def rotations(size_bytes: int) -> int:
     """How many inputs of which each reads `size_bytes` exceed the L2 cache twice over."""
-    return max(2, -(-2 * L2_BYTES // max(size_bytes, 1)))
+    return -(-2 * L2_BYTES // size_bytes)
 
 
 def context() -> dict[str, str]:
@@ -114,3 +114,10 @@ def append_record(path: pathlib.Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record | context(), default=dataclasses.asdict) + "\n")
+
+
+def records_of_here(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of `path` that were measured on this device with this version of JAX."""
+    here = context()
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [record for record in records if all(record[key] == here[key] for key in ("device", "jax"))]

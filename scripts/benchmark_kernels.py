@@ -6,34 +6,32 @@ Random weights and tokens, hence nearly uniform routing; inputs rotate beyond th
 the plain-JAX definition in the same run. Times are sums of the kernels' device times: gaps between launches, about a
 microsecond each in a CUDA graph, are not in them. The floor is the time to read the experts that were active and the
 gate at 4.6 TB/s, or that of the FLOPs at 808 TFLOP/s, whichever is longer. Appends one JSON line for each point to
---output; scripts/plot_kernels.py makes a table and a picture of them. Two processes for each shape compile while
-another measures.
+--output as it comes, the most telling points first and other implementations last; scripts/plot_kernels.py makes a
+table and a picture of them. What this device has a line for is left out, so that a run can be stopped and taken up
+again; --again measures it anew. Each point has a process of its own, which compiles while another measures.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
 import json
-import multiprocessing
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from queue import Empty
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch, timing
+from pallas_kernels import dispatch, processes, timing
 from pallas_kernels.experts import experts
 from pallas_kernels.experts import ragged as experts_ragged
 from pallas_kernels.experts.cases import LAYERS, Case, Layer
@@ -43,7 +41,9 @@ from pallas_kernels.route.cases import ROUTERS, Router
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BASELINE_TOKENS = (1, 8, 64, 512, 4096, 8192)
 BASELINES = ("xla", "ragged_dot", "tokamax", "torch")
+OURS = "ours"  # and XLA, which checks it
 ROTATED_BYTES = 1e9
+LEAST_ROUTINGS = 2
 # Two bfloat16 computations, each within 4e-3 of the true value.
 LARGEST_ERROR = 8e-3
 
@@ -135,7 +135,6 @@ Programs = dict[str, Any]
 SEED = jax.ShapeDtypeStruct((), jnp.int32)
 
 
-@functools.cache
 def compile_new_weights(name: str) -> Callable[[np.int32], Weights]:
     return jax.jit(functools.partial(make_weights, LAYERS[name], ROUTERS[name])).lower(SEED).compile()
 
@@ -171,13 +170,14 @@ def takes_minutes(baseline: str, layer: Layer, tokens: int) -> bool:
     return baseline == "ragged_dot" and tokens * layer.active * layer.num_experts * layer.expert_bytes > 2e14
 
 
-def measure(name: str, tokens: int, programs: Programs, weights: list[Weights]) -> dict[str, Any]:
+def measure(name: str, tokens: int, programs: Programs) -> dict[str, Any]:
     """The record of one shape and token count.
 
     Raises:
       ValueError: the result is not the definition's.
     """
-    count = max(timing.rotations(Case(name, tokens, LAYERS[name]).read_bytes), len(weights))
+    weights = [programs["new_weights"](np.int32(index)) for index in range(copies(LAYERS[name]))]
+    count = max(timing.rotations(Case(name, tokens, LAYERS[name]).read_bytes), len(weights), LEAST_ROUTINGS)
     inputs = [(programs["new_x"](np.int32(index)), weights[index % len(weights)]) for index in range(count)]
     error = float(programs["relative_error"](programs["ours"](*inputs[0])[0], programs["xla"](*inputs[0])[0]))
     if not error <= LARGEST_ERROR:
@@ -208,58 +208,50 @@ def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> jax.Array:
     return jnp.linalg.norm(y_TD.astype(jnp.float32) - exact_TD) / jnp.linalg.norm(exact_TD)
 
 
-def run_shape(name: str, tokens: list[int], baselines: list[str], seconds: float, records: Any) -> None:
-    """Puts a record of each token count into the queue `records`, the same again with each slow baseline, None last.
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """`what`: OURS, or a baseline."""
 
-    A point that fails gives a record with its `error`, and the others go on.
-    """
-    deadline_s = time.monotonic() + seconds
-    weights: list[Weights] = []
-    measured: dict[int, dict[str, Any]] = {}
-
-    def measure_point(count: int, programs: Programs) -> None:
-        weights.extend(programs["new_weights"](np.int32(i)) for i in range(len(weights), copies(LAYERS[name])))
-        measured[count] = measure(name, count, programs, weights)
-
-    def measure_baseline(count: int, baseline: str, program: Any) -> None:
-        x_TD = jax.random.normal(jax.random.key(0), (count, LAYERS[name].model_width), jnp.bfloat16)
-        measured[count]["baselines_us"][baseline] = baseline_us(program, (x_TD, weights[0]))
-
-    slow = [(count, key) for count in tokens for key in baselines if is_timed_later(key, name, count)]
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        work = [(count, measure_point, (), pool.submit(compile_point, name, count)) for count in tokens]
-        work += [(n, measure_baseline, (key,), pool.submit(compile_baseline, name, n, key)) for n, key in slow]
-        while work:
-            count, run, arguments, future = work.pop(0)
-            try:
-                compiled = future.result(timeout=max(0.0, deadline_s - time.monotonic()))
-                with timing.gpu_to_oneself():
-                    if time.monotonic() > deadline_s:
-                        raise TimeoutError
-                    run(count, *arguments, compiled)
-                records.put(measured[count])
-            except TimeoutError:
-                print(f"{name}, {count} tokens: left out, --seconds are over", *arguments, flush=True)
-            except Exception as error:
-                message = f"{type(error).__name__}: {error}"[:500]
-                if run is measure_point:
-                    records.put({"shape": name, "tokens": count, "error": message})
-                else:
-                    print(f"{name}, {count} tokens: left out,", *arguments, message, flush=True)
-        pool.shutdown(wait=False, cancel_futures=True)
-    records.put(None)
+    shape: str
+    tokens: int
+    what: str
 
 
-def is_timed_later(baseline: str, name: str, tokens: int) -> bool:
-    """Baselines other than XLA, which checks results too, come after all that is ours."""
-    is_slow = baseline != "xla" and baseline in baseline_experts()
-    return is_slow and tokens in BASELINE_TOKENS and not takes_minutes(baseline, LAYERS[name], tokens)
+def work(task: Task) -> dict[str, Any]:
+    """A process: compiles, then measures alone on the GPU."""
+    name, tokens = task.shape, task.tokens
+    if task.what == OURS:
+        programs = compile_point(name, tokens)
+        with processes.turn_on_gpu():
+            return measure(name, tokens, programs)
+    new_weights, program = compile_new_weights(name), compile_baseline(name, tokens, task.what)
+    x_TD = jax.random.normal(jax.random.key(0), (tokens, LAYERS[name].model_width), jnp.bfloat16)
+    with processes.turn_on_gpu():
+        time_us = baseline_us(program, (x_TD, new_weights(np.int32(0))))
+    return {"shape": name, "tokens": tokens, "baselines_us": {task.what: time_us}}
 
 
-def torch_records(shapes: list[str], tokens: list[int], timeout_s: float) -> dict[tuple[str, int], float]:
-    """Microseconds of torch's grouped_mm layer by (shape, tokens), from a process of its own; what it had in time."""
+def tasks_of(shapes: list[str], tokens: list[int], baselines: list[str], measured: list[dict[str, Any]]) -> list[Task]:
+    """What `measured` lacks, in the order to do it."""
+    done = {(line["shape"], line["tokens"], OURS) for line in measured if "time_us" in line}
+    done |= {(line["shape"], line["tokens"], name) for line in measured for name in line.get("baselines_us", {})}
+    ordered = sorted(tokens, key=lambda count: (count not in BASELINE_TOKENS, count))
+    ours = [Task(name, count, OURS) for count in ordered for name in shapes]
+    others = [
+        Task(name, count, baseline)
+        for baseline in baselines
+        for count in ordered
+        for name in shapes
+        if baseline != "xla" and count in BASELINE_TOKENS and not takes_minutes(baseline, LAYERS[name], count)
+    ]
+    return [task for task in ours + others if (task.shape, task.tokens, task.what) not in done]
+
+
+def torch_records(tasks: list[Task], timeout_s: float) -> list[dict[str, Any]]:
+    """Records of torch's grouped_mm layer, from one process for all; what it had in time."""
     script = pathlib.Path(__file__).with_name("benchmark_torch_experts.py")
-    points = [json.dumps([dataclasses.asdict(LAYERS[name]), name, count]) for name in shapes for count in tokens]
+    by_shape = sorted(tasks, key=lambda task: task.shape)  # stable; weights are made once for each shape
+    points = [json.dumps([dataclasses.asdict(LAYERS[task.shape]), task.shape, task.tokens]) for task in by_shape]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen([sys.executable, script], stdin=subprocess.PIPE, stdout=output, text=True)
         try:
@@ -271,7 +263,7 @@ def torch_records(shapes: list[str], tokens: list[int], timeout_s: float) -> dic
             print(f"torch: {script.name} ended early ({process.returncode}); what it measured is kept", flush=True)
         output.seek(0)
         rows = [json.loads(line) for line in output if line.endswith("}\n")]
-    return {(row["shape"], row["tokens"]): row["time_us"] for row in rows}
+    return [{"shape": row["shape"], "tokens": row["tokens"], "baselines_us": {"torch": row["time_us"]}} for row in rows]
 
 
 def summary(records: list[dict[str, Any]]) -> str:
@@ -280,28 +272,13 @@ def summary(records: list[dict[str, Any]]) -> str:
         if "error" in record:
             lines.append(f"{record['shape']:16} {record['tokens']:6} {record['error'][:140]}")
             continue
+        ours = " " * 33
+        if "time_us" in record:
+            ours = f"{record['time_us']:9.1f} {record['floor_us']:8.1f} "
+            ours += f"{record['fraction_of_floor']:6.1%} {record['active_experts']:6.1f}"
         others = " ".join(f"{name}={time_us:.0f}" for name, time_us in record.get("baselines_us", {}).items())
-        lines.append(
-            f"{record['shape']:16} {record['tokens']:6} {record['time_us']:9.1f} "
-            f"{record['floor_us']:8.1f} {record['fraction_of_floor']:6.1%} {record['active_experts']:6.1f}  {others}"
-        )
+        lines.append(f"{record['shape']:16} {record['tokens']:6} {ours}  {others}")
     return "\n".join(lines)
-
-
-def received(queue: Any, processes: list[Any]) -> Iterator[dict[str, Any]]:
-    """Records as they come, until every process has put its None, or has died."""
-    running = len(processes)
-    while running:
-        try:
-            record = queue.get(timeout=5)
-        except Empty:
-            if not any(process.is_alive() for process in processes):
-                raise RuntimeError("the measuring processes ended early; their errors are above") from None
-            continue
-        if record is None:
-            running -= 1
-        else:
-            yield record
 
 
 def main() -> int:
@@ -309,44 +286,50 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=BASELINES)
-    parser.add_argument("--seconds", type=float, default=600.0, help="start no further measurement after this long")
+    parser.add_argument("--again", action="store_true", help="measure what has its line too")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=600.0, help="end after this long, whatever is left")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/kernels.jsonl"))
     flags = parser.parse_args()
+    deadline_s = time.monotonic() + flags.seconds
 
-    # XLA would measure alternatives while it compiles: that takes longer than all the rest, and disturbs measurements.
-    # Without it XLA's own Triton products are slow, cuBLAS's as fast as ever.
-    flags_of_xla = " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags_of_xla
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a process for each shape, all on one GPU
+    processes.share_gpu()
     device = dispatch.current_device()
     if device.platform != "gpu":
         print(f"needs a GPU; jax sees {device.kind}. `make aot` checks the kernels without one.", file=sys.stderr)
         return 2
-    spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    ordered = sorted(flags.tokens, key=lambda count: (count not in BASELINE_TOKENS, count))
-    with timing.gpu_to_oneself():
-        processes = [
-            spawn.Process(target=run_shape, args=(name, part, flags.baselines, flags.seconds, queue), daemon=True)
-            for name in flags.shapes
-            for part in (ordered[::2], ordered[1::2])
-        ]
-        for process in processes:
-            process.start()
-        torch_us = {}
-        if "torch" in flags.baselines and importlib.util.find_spec("torch"):
-            torch_us = torch_records(flags.shapes, [n for n in ordered if n in BASELINE_TOKENS], flags.seconds / 6)
-    records = {}
-    for record in received(queue, processes):
-        point = (record["shape"], record["tokens"])
-        if point in torch_us:
-            record.setdefault("baselines_us", {})["torch"] = torch_us[point]
+    here = {OURS, *baseline_experts(), *(["torch"] if importlib.util.find_spec("torch") else [])}
+    measured = [] if flags.again else timing.records_of_here(flags.output)
+    tasks = tasks_of(flags.shapes, flags.tokens, flags.baselines, measured)
+    tasks = [task for task in tasks if task.what in here]
+    by_jax, by_torch = ([task for task in tasks if (task.what == "torch") is is_torch] for is_torch in (False, True))
+    records: list[dict[str, Any]] = []
+
+    def keep(record: dict[str, Any]) -> None:
         print(summary([record]).splitlines()[1], flush=True)
         timing.append_record(flags.output, record)
-        records[point] = record
-    ordered_records = [records[name, n] for name in flags.shapes for n in sorted(flags.tokens) if (name, n) in records]
-    print(summary(ordered_records))
-    return int(any("error" in record for record in ordered_records))
+        records.append(record)
+
+    for outcome in processes.outcomes(work, by_jax, processes=flags.processes, deadline_s=deadline_s):
+        task = outcome.task
+        if outcome.error is None:
+            keep(outcome.result)
+        elif task.what == OURS:
+            keep({"shape": task.shape, "tokens": task.tokens, "error": outcome.error})
+        else:
+            print(f"{task.shape}, {task.tokens} tokens, {task.what}: left out, {outcome.error}", flush=True)
+    if by_torch and time.monotonic() < deadline_s:
+        for record in torch_records(by_torch, deadline_s - time.monotonic()):
+            keep(record)
+    ours = sorted((record for record in records if "time_us" in record or "error" in record), key=_place)
+    print(summary(ours))
+    missing = sum(task.what == OURS for task in tasks) - len(ours)
+    print(f"{len(ours)} points measured, {missing} left out: --seconds are over" if missing else "all points measured")
+    return int(missing > 0 or any("error" in record for record in ours))
+
+
+def _place(record: dict[str, Any]) -> tuple[int, int]:
+    return list(LAYERS).index(record["shape"]), record["tokens"]
 
 
 if __name__ == "__main__":

@@ -36,12 +36,16 @@ def read(path: pathlib.Path) -> Records:
         record = json.loads(line)
         if "error" not in record:
             by_tokens = records.setdefault(record["shape"], {})
-            earlier = by_tokens.get(record["tokens"], {}).get("baselines_us", {})
-            record["baselines_us"] = earlier | record.get("baselines_us", {})
-            by_tokens[record["tokens"]] = record
-    if not records:
-        raise ValueError(f"{path}: expected JSON lines with a shape and tokens, found none")
-    return {shape: dict(sorted(by_tokens.items())) for shape, by_tokens in records.items()}
+            earlier = by_tokens.get(record["tokens"], {})
+            baselines_us = earlier.get("baselines_us", {}) | record.get("baselines_us", {})
+            by_tokens[record["tokens"]] = earlier | record | {"baselines_us": baselines_us}
+    measured = {
+        shape: {tokens: record for tokens, record in sorted(by_tokens.items()) if "time_us" in record}
+        for shape, by_tokens in records.items()
+    }
+    if not any(measured.values()):
+        raise ValueError(f"{path}: expected JSON lines with a shape, tokens and a time, found none")
+    return {shape: by_tokens for shape, by_tokens in measured.items() if by_tokens}
 
 
 def table(records: Records) -> str:

@@ -2,9 +2,9 @@
 
     python scripts/tune_kernels.py --ops experts --shapes qwen3-30b olmoe --tokens 1 8 64 --seconds 600
 
-Each measurement goes to --records at once; a second run leaves out what is there, so that it can be stopped and taken
-up again. Several may run at once on one GPU, on different shapes: they compile together and measure in turn. The
-table, pallas_kernels/tuned/<device>.json, takes a candidate where it beats the default by 2 %.
+At each shape the kernel that dispatch takes there. Each measurement goes to --records at once; a second run leaves out
+what is there, so that it can be stopped and taken up again. Each point has a process of its own, which compiles while
+another measures. The table, pallas_kernels/tuned/<device>.json, takes a candidate where it beats the default by 2 %.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -24,88 +26,114 @@ import jax
 import jax.numpy as jnp
 from rich.progress import Progress
 
-from pallas_kernels import aot, dispatch, timing, tuning
+from pallas_kernels import aot, dispatch, processes, timing, tuning
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.experts import api as experts_api
 from pallas_kernels.experts import cases as experts_cases
-from pallas_kernels.route import api as route_api
-from pallas_kernels.route import cases as route_cases
+from pallas_kernels.experts import decode_sm90 as experts_decode
+from pallas_kernels.matvec import api as matvec_api
+from pallas_kernels.matvec import cases as matvec_cases
+from pallas_kernels.matvec import mosaic_sm90 as matvec_kernel
 
 LEAST_GAIN = 0.02
 # A candidate computes the same sums in another order: it differs from the default by roundings of bfloat16.
 LARGEST_DIFFERENCE = 8e-3
-OPS: dict[str, tuple[ModuleType, ModuleType]] = {
-    "experts": (experts_api, experts_cases),
-    "route": (route_api, route_cases),
-}
 Settings = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Op:
+    """`shape_key(*operands)`: the name that tables have for a shape. `read_bytes(case)`: what a call reads, at most."""
+
+    api: ModuleType
+    cases: ModuleType
+    shape_key: Callable[..., str]
+    read_bytes: Callable[[Any], int]
+
+
+OPS = {
+    "experts": Op(
+        experts_api,
+        experts_cases,
+        lambda x_TD, routing, up_EGFD, down_EDF: experts_decode.shape_key(routing, up_EGFD),
+        lambda case: case.read_bytes,
+    ),
+    "matvec": Op(
+        matvec_api,
+        matvec_cases,
+        lambda x_TI, weights: matvec_kernel.shape_key(weights),
+        lambda case: case.projection.weight_bytes,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Point:
-    """One implementation at one real case, with the settings to try, the default first."""
+    """One kernel at one real case."""
 
     op: str
-    implementation: Implementation
+    kernel: str
     case: Any
-    candidates: list[Settings]
+    shape_key: str
 
     @property
-    def table_op(self) -> str:
-        return f"{self.op}.{self.implementation.name}"
+    def key(self) -> tuple[str, str, int]:
+        """How records name it."""
+        return f"{self.op}.{self.kernel}", self.shape_key, self.case.tokens
+
+
+def shape_of(case: Any) -> str:
+    return case.name.rsplit("-", 1)[0]
 
 
 def points(ops: list[str], shapes: list[str], tokens: list[int]) -> list[Point]:
-    """What there is to tune on this device."""
+    """What there is to tune on this device: of each case the kernel that dispatch takes, if it has settings."""
     found = []
-    for op in ops:
-        api, cases = OPS[op]
-        for case in cases.REAL:
-            if case.name.rsplit("-", 1)[0] not in shapes or case.tokens not in tokens:
+    for name in ops:
+        op = OPS[name]
+        for case in op.cases.REAL:
+            if shape_of(case) not in shapes or case.tokens not in tokens:
                 continue
-            operands, named = aot.shapes_of(functools.partial(cases.arguments, case))
-            for implementation in api._implementations():
-                can_run = implementation.supports(dispatch.current_device(), *operands, **named) is None
-                if can_run and implementation.candidates is not None:
-                    candidates = implementation.candidates(*operands, **named)
-                    found.append(Point(op, implementation, case, candidates))
+            operands, named = aot.shapes_of(functools.partial(op.cases.arguments, case))
+            chosen = dispatch.choose(name, op.api._implementations(), *operands, **named)
+            if chosen.candidates is not None:
+                found.append(Point(name, chosen.name, case, op.shape_key(*operands)))
     return found
 
 
-def measure(point: Point) -> list[float | None]:
-    """Median microseconds of each candidate; None where it does not compile or its result is not the default's."""
-    cases = OPS[point.op][1]
-    shapes, named = aot.shapes_of(functools.partial(cases.arguments, point.case))
+def implementation_of(point: Point) -> Implementation:
+    return next(each for each in OPS[point.op].api._implementations() if each.name == point.kernel)
+
+
+def candidates_of(point: Point) -> list[Settings]:
+    operands, named = aot.shapes_of(functools.partial(OPS[point.op].cases.arguments, point.case))
+    offered = implementation_of(point).candidates(*operands, **named)
+    return list({json.dumps(settings, sort_keys=True): settings for settings in offered}.values())
+
+
+def measure(point: Point) -> dict[str, Any]:
+    """The record of a point: its candidates, and the median microseconds of each; None where the result is another."""
+    op, implementation, candidates = OPS[point.op], implementation_of(point), candidates_of(point)
+    shapes, named = aot.shapes_of(functools.partial(op.cases.arguments, point.case))
     arrays, static = aot.split_arrays(named)
 
     def run(settings: Settings, operands: tuple, arrays: dict[str, jax.Array]) -> Any:
-        return point.implementation.run(*operands, **static, **arrays, settings=settings)
+        return implementation.run(*operands, **static, **arrays, settings=settings)
 
-    def build(settings: Settings) -> Any:
-        try:
-            return jax.jit(functools.partial(run, settings)).lower(shapes, arrays).compile()
-        except (
-            Exception
-        ) as error:  # a candidate may need more shared memory than there is: shown, and out of the running
-            print(f"{point.case.name} {point.table_op} {settings}: {str(error).splitlines()[0][:120]}")
-            return None
-
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        programs = list(pool.map(build, point.candidates))
-    with timing.gpu_to_oneself():
-        made = [cases.arguments(point.case, seed) for seed in range(timing.rotations(point.case.read_bytes))]
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # compiling leaves Python free to lower the next
+        lowered = [jax.jit(functools.partial(run, settings)).lower(shapes, arrays) for settings in candidates]
+        programs = list(pool.map(lambda each: each.compile(), lowered))
+    with processes.turn_on_gpu():
+        made = [op.cases.arguments(point.case, seed) for seed in range(timing.rotations(op.read_bytes(point.case)))]
         inputs = [(operands, aot.split_arrays(named)[0]) for operands, named in made]
-        if programs[0] is None:
-            return [None] * len(programs)
         default = programs[0](*inputs[0])
-        is_right = [
-            program is not None and _difference(default, program(*inputs[0])) <= LARGEST_DIFFERENCE
-            for program in programs
-        ]
-        return [
+        is_right = [_difference(default, program(*inputs[0])) <= LARGEST_DIFFERENCE for program in programs]
+        times_us = [
             timing.measure(program, inputs).time_us if right else None
             for program, right in zip(programs, is_right, strict=True)
         ]
+    names = dict(zip(("op", "shape_key", "tokens"), point.key, strict=True))
+    return names | {"candidates": candidates, "times_us": times_us}
 
 
 def _difference(one: Any, other: Any) -> float:
@@ -113,10 +141,6 @@ def _difference(one: Any, other: Any) -> float:
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     floats = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs if jnp.issubdtype(a.dtype, jnp.floating)]
     return max(float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(a), 1e-30)) for a, b in floats)
-
-
-def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def best_settings(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Settings]]]:
@@ -135,36 +159,39 @@ def best_settings(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str
 
 
 def main() -> int:
-    shapes = list(experts_cases.LAYERS)
+    shapes = list(dict.fromkeys(shape_of(case) for op in OPS.values() for case in op.cases.REAL))
+    tokens = sorted({case.tokens for op in OPS.values() for case in op.cases.REAL})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
     parser.add_argument("--shapes", nargs="+", default=shapes, choices=shapes)
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(experts_cases.TOKENS))
-    parser.add_argument("--seconds", type=float, default=3600.0, help="start no further measurement after this long")
+    parser.add_argument("--tokens", nargs="+", type=int, default=tokens)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=3600.0, help="end after this long, whatever is left")
     parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/tuning.jsonl"))
     flags = parser.parse_args()
+    deadline_s = time.monotonic() + flags.seconds
 
+    processes.share_gpu()
     device = dispatch.current_device()
     if device.platform != "gpu":
         print(f"needs a GPU; jax sees {device.kind}", file=sys.stderr)
         return 2
-    deadline_s = time.monotonic() + flags.seconds
-    done = {(record["op"], record["shape_key"], record["tokens"]) for record in read_records(flags.records)}
+    measured = timing.records_of_here(flags.records)
+    done = {(record["op"], record["shape_key"], record["tokens"]) for record in measured}
+    left = [point for point in points(flags.ops, flags.shapes, flags.tokens) if point.key not in done]
+    outcomes = processes.outcomes(measure, left, processes=flags.processes, deadline_s=deadline_s)
     with Progress() as progress:
-        for point in progress.track(points(flags.ops, flags.shapes, flags.tokens), description="kernels x shapes"):
-            key = (point.table_op, point.case.key, point.case.tokens)
-            if key in done or time.monotonic() > deadline_s:
-                continue
-            record = dict(zip(("op", "shape_key", "tokens"), key, strict=True))
-            record |= {"candidates": point.candidates, "times_us": measure(point)}
-            timing.append_record(flags.records, record)
-            progress.print(f"{key}: {record['times_us']}")
-    table = timing.context() | {"settings": best_settings(read_records(flags.records))}
+        for outcome in progress.track(outcomes, total=len(left), description="kernels x shapes"):
+            progress.print(f"{outcome.task.key}: {outcome.error or outcome.result['times_us']}")
+            if outcome.error is None:
+                timing.append_record(flags.records, outcome.result)
+    measured = timing.records_of_here(flags.records)
     path = tuning.table_path(device.kind)
     path.parent.mkdir(exist_ok=True)
+    table = timing.context() | {"settings": best_settings(measured)}
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    print(f"wrote {path}")
-    return 0
+    print(f"wrote {path}; of {len(done) + len(left)} points {len(measured)} are measured")
+    return int(len(measured) < len(done) + len(left))
 
 
 if __name__ == "__main__":

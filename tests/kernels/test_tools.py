@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import aot, dispatch, interpret, timing, tuning
+from pallas_kernels import aot, dispatch, interpret, processes, timing, tuning
 from pallas_kernels.dispatch import Device
 
 
@@ -66,6 +69,26 @@ def test_records_say_where_they_come_from(tmp_path: pathlib.Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "a" / "b.jsonl").read_text().splitlines()]
     assert [record["tokens"] for record in records] == [3, 4]
     assert set(records[0]) == {"tokens", "device", "jax", "date"}
+
+
+def test_tasks_run_in_processes_that_fail_alone() -> None:
+    def told(work, tasks, *, seconds: float = 60.0) -> dict:
+        found = processes.outcomes(work, tasks, processes=2, deadline_s=time.monotonic() + seconds)
+        return {outcome.task: outcome.error or outcome.result for outcome in found}
+
+    assert told(int, ["4", "x", "9"]) == {
+        "4": 4,
+        "x": "ValueError: invalid literal for int() with base 10: 'x'",
+        "9": 9,
+    }
+    assert told(os._exit, [3]) == {3: "its process died"}
+    assert told(time.sleep, [600.0], seconds=0.1) == {}
+
+
+def test_a_turn_on_the_gpu_has_an_end() -> None:
+    with processes.turn_on_gpu():
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= processes.LONGEST_TURN_S
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def _add_one(x_WD: jax.Array, *, waits: bool) -> jax.Array:

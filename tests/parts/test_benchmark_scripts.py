@@ -15,6 +15,8 @@ import pytest
 import moe_jax
 from moe_jax import memory, models, profiling, testing
 from moe_jax.model import parameters
+from pallas_kernels import dispatch, timing, tuning
+from pallas_kernels.dispatch import Device
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -247,6 +249,56 @@ def test_the_most_telling_points_come_first(load_script):
     (large,) = (point for point in points if point.kind == "large_cache")
     assert large.batch * (128 + 4096) * 131072 >= 16e9 > (large.batch - 1) * (128 + 4096) * 131072
     assert [point.kind for point in script.points_of("tinymistral-6x248m", config, flags)].count("end_to_end") == 1
+
+
+def test_what_has_a_line_is_not_measured_again(load_script, tmp_path):
+    script, plot = load_script("benchmark_kernels"), load_script("plot_kernels")
+    path = tmp_path / "kernels.jsonl"
+    lines = [
+        {"shape": "mixtral", "tokens": 1, "time_us": 4.0, "floor_us": 2.0, "baselines_us": {"xla": 9.0}},
+        {"shape": "mixtral", "tokens": 2, "error": "no memory"},
+        {"shape": "mixtral", "tokens": 1, "baselines_us": {"torch": 6.0}},
+    ]
+    for line in lines:
+        timing.append_record(path, line)
+    path.write_text(path.read_text() + json.dumps(lines[0] | {"tokens": 8, "device": "another", "jax": "0.1"}) + "\n")
+    wanted = (["mixtral"], [2, 1, 8], ["xla", "ragged_dot", "torch"])
+    tasks = [(task.tokens, task.what) for task in script.tasks_of(*wanted, timing.records_of_here(path))]
+    assert tasks == [(8, "ours"), (2, "ours"), (1, "ragged_dot"), (8, "ragged_dot"), (8, "torch")]
+    ours, *_ = script.tasks_of(*wanted, [])
+    assert (ours.tokens, ours.what) == (1, "ours")
+    drawn = plot.read(path)["mixtral"]
+    assert drawn[1]["time_us"] == 4.0 and drawn[1]["baselines_us"] == {"xla": 9.0, "torch": 6.0}
+    assert list(drawn) == [1, 8], "a point that failed is not drawn"
+
+
+H200 = Device("gpu", "NVIDIA H200", 132)
+
+
+@pytest.fixture(scope="module")
+def tuned_points(load_script):
+    """What scripts/tune_kernels.py measures on an H200: its points by key, with their candidates."""
+    script = load_script("tune_kernels")
+    shapes = {script.shape_of(case) for op in script.OPS.values() for case in op.cases.REAL}
+    with dispatch.compiling_for(H200):
+        points = script.points(list(script.OPS), shapes, range(1, 10_000))
+        return {point.key: script.candidates_of(point) for point in points}
+
+
+def test_settings_of_the_shipped_table_are_candidates(tuned_points):
+    """A table is older than its kernels: what they no longer offer may not fit into shared memory."""
+    table = tuning.parse(tuning.table_path(H200.kind).read_text(), source="the table")
+    for op, shapes in table.items():
+        for shape_key, buckets in shapes.items():
+            for tokens, settings in buckets.items():
+                assert settings in tuned_points[op, shape_key, tokens], (op, shape_key, tokens)
+
+
+def test_candidates_differ_and_kernels_are_those_that_run(tuned_points):
+    for key, candidates in tuned_points.items():
+        assert len({json.dumps(each, sort_keys=True) for each in candidates}) == len(candidates) > 1, key
+    assert {op for op, _, tokens in tuned_points if tokens == 4096} == {"experts.compact", "experts.grouped"}
+    assert {op for op, _, tokens in tuned_points if tokens == 8} == {"experts.decode"}
 
 
 @pytest.mark.parametrize("fixture", [CONFIG | {"tie_word_embeddings": True}, CONFIG])
