@@ -1,20 +1,33 @@
-"""Runs every GPU kernel once on small awkward cases, for NVIDIA's compute-sanitizer to watch.
+"""Runs every GPU kernel on small awkward cases while NVIDIA's compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck python scripts/sanitize_kernels.py
-    compute-sanitizer --tool racecheck python scripts/sanitize_kernels.py --ops experts route
+    python scripts/sanitize_kernels.py --tools memcheck racecheck --seconds 300
 
-Prints a line for each case that has run; what the sanitizer finds it prints itself, and counts at the end.
+Each case has a process of its own, several at once, the first case of every kernel before the second of any. Prints a
+line for each, and what was found; appends a JSON line to --output. What was clean on this device is left out, so that
+a run can be stopped and taken up again. Inputs are made on the CPU: the sanitizer watches kernels, not XLA's generator.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
 import functools
+import os
+import pathlib
+import re
+import signal
+import subprocess
 import sys
+import time
+from typing import Any
 
 import jax
 
-from pallas_kernels import aot, dispatch
+from pallas_kernels import aot, dispatch, timing
+from pallas_kernels.decode_attention import api as attention_api
+from pallas_kernels.decode_attention import cases as attention_cases
 from pallas_kernels.experts import api as experts_api
 from pallas_kernels.experts import cases as experts_cases
 from pallas_kernels.matvec import api as matvec_api
@@ -26,44 +39,124 @@ OPS = {
     "experts": (experts_api, experts_cases),
     "matvec": (matvec_api, matvec_cases),
     "route": (route_api, route_cases),
+    "decode_attention": (attention_api, attention_cases),
 }
 CPU = dispatch.Device("cpu", "cpu")
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+FOUND = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", re.MULTILINE)
+LONGEST_S = 180  # of one case
 
 
-def run_cases(op: str, most: int) -> None:
-    """The first `most` cases of each kernel of `op`: those that no CPU runs."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    tool: str
+    op: str
+    kernel: str
+    case: str
+
+
+def tasks_of(tools: list[str], ops: list[str], most: int) -> list[Task]:
+    """The first `most` cases of each kernel: those that no CPU runs."""
+    found = []
+    for op in ops:
+        api, cases = OPS[op]
+        for implementation in api._implementations():
+            names = []
+            for case in cases.AWKWARD:
+                operands, named = aot.shapes_of(functools.partial(cases.arguments, case))
+                can_run = implementation.supports(dispatch.current_device(), *operands, **named) is None
+                if can_run and implementation.supports(CPU, *operands, **named) is not None:
+                    names.append(case.name)
+            found += [(index, op, implementation.name, name) for index, name in enumerate(names[:most])]
+    in_turn = sorted(found, key=lambda each: each[0])
+    return [Task(tool, *names) for tool in tools for _, *names in in_turn]
+
+
+def run_case(op: str, kernel: str, name: str) -> None:
+    """One case in this process, for the sanitizer to watch."""
     api, cases = OPS[op]
-    for implementation in api._implementations():
-        count = 0
-        for case in cases.AWKWARD:
-            operands, named = aot.shapes_of(functools.partial(cases.arguments, case))
-            can_run = implementation.supports(dispatch.current_device(), *operands, **named) is None
-            if count == most or not can_run or implementation.supports(CPU, *operands, **named) is None:
-                continue
-            operands, named = cases.arguments(case)
-            arrays, static = aot.split_arrays(named)
-            run = functools.partial(_run, implementation, static)
-            jax.block_until_ready(jax.jit(run)(operands, arrays))
-            print(f"{op}.{implementation.name} {case.name}", flush=True)
-            count += 1
+    implementation = next(each for each in api._implementations() if each.name == kernel)
+    case = next(each for each in cases.AWKWARD if each.name == name)
+    with jax.default_device(jax.devices("cpu")[0]):
+        operands, named = cases.arguments(case)
+    arrays, static = aot.split_arrays(named)
+    operands, arrays = jax.device_put((operands, arrays), jax.devices()[0])
+    run = jax.jit(lambda operands, arrays: implementation.run(*operands, **static, **arrays))
+    jax.block_until_ready(run(operands, arrays))
 
 
-def _run(implementation: dispatch.Implementation, static: dict, operands: tuple, arrays: dict):
-    return implementation.run(*operands, **static, **arrays)
+def check(task: Task, *, sanitizer: str) -> dict[str, Any]:
+    """The record of a case: how much the sanitizer found and, if that is not nothing, what it said."""
+    script = [sys.executable, __file__, "--run", task.op, task.kernel, task.case]
+    begin_s = time.monotonic()
+    process = subprocess.Popen(
+        [sanitizer, "--tool", task.tool, *script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        start_new_session=True,  # the sanitizer starts Python in turn: both have to end
+    )
+    try:
+        said, _ = process.communicate(timeout=LONGEST_S)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        said = f"{process.communicate()[0]}\nended after {LONGEST_S} s"
+    summary = FOUND.search(said)
+    found = int(summary[1]) if summary and process.returncode == 0 else None
+    record = dataclasses.asdict(task) | {"found": found, "seconds": round(time.monotonic() - begin_s, 1)}
+    told = said if len(said) < 4000 else f"{said[:2000]}\n[...]\n{said[-2000:]}"
+    return record if found == 0 else record | {"said": told}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], choices=TOOLS)
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
     parser.add_argument("--most", type=int, default=4, help="cases of each kernel")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=600.0, help="start no further case after this long")
+    parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/sanitizer.jsonl"))
+    parser.add_argument("--run", nargs=3, metavar=("OP", "KERNEL", "CASE"), help="run this case, for a sanitizer")
     flags = parser.parse_args()
+    deadline_s = time.monotonic() + flags.seconds
 
     if dispatch.current_device().platform != "gpu":
         print(f"needs a GPU; jax sees {dispatch.current_device().kind}", file=sys.stderr)
         return 2
-    for op in flags.ops:
-        run_cases(op, flags.most)
-    return 0
+    if flags.run:
+        run_case(*flags.run)
+        return 0
+    clean = {_key(record) for record in timing.records_of_here(flags.output) if record["found"] == 0}
+    tasks = [task for task in tasks_of(flags.tools, flags.ops, flags.most) if dataclasses.astuple(task) not in clean]
+
+    def check_in_time(task: Task) -> dict[str, Any] | None:
+        return check(task, sanitizer=flags.sanitizer) if time.monotonic() < deadline_s else None
+
+    records = []
+    with concurrent.futures.ThreadPoolExecutor(flags.processes) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(check_in_time, task) for task in tasks]):
+            record = done.result()
+            if record is not None:
+                timing.append_record(flags.output, record)
+                records.append(record)
+                print(line(record), flush=True)
+    not_clean = sum(record["found"] != 0 for record in records)
+    print(f"{len(records) - not_clean} cases clean, {not_clean} not, {len(tasks) - len(records)} left out")
+    return int(not_clean > 0 or len(records) < len(tasks))
+
+
+def _key(record: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(record[field.name] for field in dataclasses.fields(Task))
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record for the terminal."""
+    told = {0: "clean", None: "did not run to its end"}.get(record["found"], f"{record['found']} found")
+    start = f"{record['tool']:10} {record['op']}.{record['kernel']} {record['case']}: {told}, {record['seconds']} s"
+    return start if record["found"] == 0 else f"{start}\n{record['said']}"
 
 
 if __name__ == "__main__":

@@ -301,6 +301,36 @@ def test_candidates_differ_and_kernels_are_those_that_run(tuned_points):
     assert {op for op, _, tokens in tuned_points if tokens == 8} == {"experts.decode"}
 
 
+def test_the_sanitizer_sees_every_kernel(load_script):
+    script = load_script("sanitize_kernels")
+    with dispatch.compiling_for(H200):
+        tasks = script.tasks_of(["memcheck", "racecheck"], list(script.OPS), most=2)
+    kernels = {"decode", "compact", "grouped", "decode_sm90", "prefill_sm90", "mosaic_sm90"}
+    assert {task.kernel for task in tasks} == kernels
+    first = tasks[: len(tasks) // 4]
+    assert {task.tool for task in first} == {"memcheck"}
+    assert len({(task.op, task.kernel) for task in first}) == len(first), "one case of each kernel before the second"
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "found"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, 0),
+        ("========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 0, 2),
+        ("========= ERROR SUMMARY: 0 errors", 1, None),
+        ("========= Error: Device not supported", 0, None),
+    ],
+)
+def test_what_the_sanitizer_says_is_counted(load_script, tmp_path, says, status, found):
+    script = load_script("sanitize_kernels")
+    sanitizer = tmp_path / "sanitizer"
+    sanitizer.write_text(f"#!/bin/sh\necho '{says}'\nexit {status}\n")
+    sanitizer.chmod(0o755)
+    record = script.check(script.Task("memcheck", "experts", "compact", "one_token"), sanitizer=str(sanitizer))
+    assert record["found"] == found
+    assert ("said" in record) is (found != 0) is (says in script.line(record))
+
+
 @pytest.mark.parametrize("fixture", [CONFIG | {"tie_word_embeddings": True}, CONFIG])
 def test_places_of_the_baselines_tensors(load_script, fixture):
     """Slices of our parameters, reshaped, are the tensors that a saved checkpoint holds."""
