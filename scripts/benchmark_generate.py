@@ -8,7 +8,8 @@ that prefill and the call's own cost cancel. The floor is the time to read, at 4
 routers, of the head and of the experts that were active, which a second program counts at every step and layer, and
 the cache. `--baseline hf` runs transformers on the same weights in the same process, and says where its greedy tokens
 part from ours and how near its two logits are there. Appends a JSON line for each point to --output as it comes, the
-most telling points first; a point that fails gives a line with its error. scripts/plot_generate.py makes tables and
+most telling points first; a point that fails gives a line with its error. What this device has a line for is left out,
+so that a run can be stopped and taken up again; --again measures it anew. scripts/plot_generate.py makes tables and
 pictures of them.
 """
 
@@ -42,6 +43,7 @@ MOST_TELLING = (1, 8, 64)
 PREFILLS = ((1, 4096), (8, 2048))
 STUDENT_MODEL, STUDENT_PROMPT = "tinymistral-6x248m", 10
 LONGEST_ROUNDS_S = 1.5  # no further round of a measurement after that
+LONGEST_POINT_S = 180  # a kernel that never ends is ended with its process
 LARGEST_MODEL, LARGE_CACHE_BYTES, LARGE_CACHE_POSITIONS = "mixtral-8x7b", 16e9, 4096
 HF_VARIANTS = ("grouped_mm", "batched_mm", "eager", "compiled")
 
@@ -85,6 +87,20 @@ def in_order(points: list[Point], configs: dict[str, dict[str, Any]]) -> list[Po
         return (0 if is_telling else 2 if point.kind == "decode" else 1), -configs[point.model]["num_hidden_layers"]
 
     return sorted(points, key=rank)
+
+
+def not_measured(points: list[Point], dtype: str, records: list[dict[str, Any]]) -> list[Point]:
+    """The points whose lines `records` lacks, that of one of their baselines perhaps."""
+    done = [record for record in records if "error" not in record]
+
+    def has_line(point: Point, **others: Any) -> bool:
+        wanted = point.record() | {"dtype": dtype} | others
+        return any(wanted.items() <= record.items() for record in done)
+
+    def is_measured(point: Point) -> bool:
+        return has_line(point) and all(has_line(point, kind="baseline", variant=each) for each in point.baselines)
+
+    return [point for point in points if not is_measured(point)]
 
 
 def large_cache_point(name: str, config: dict[str, Any], flags: argparse.Namespace) -> Point:
@@ -351,6 +367,7 @@ def work(point: Point, config: dict[str, Any], flags: argparse.Namespace, parent
         bench.compile()
         parent.send(None)
         parent.recv()
+        signal.alarm(LONGEST_POINT_S)
         for record in bench.records():
             parent.send(record)
     except Exception as error:  # a point that is lost leaves the others
@@ -468,7 +485,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baseline", choices=("hf",), help="also run transformers (needs torch)")
     parser.add_argument("--hf-variants", nargs="+", choices=HF_VARIANTS, default=list(HF_VARIANTS))
     parser.add_argument("--hf-seconds", type=float, default=6.0, help="longest that one of its generations runs")
-    parser.add_argument("--seconds", type=float, default=900.0, help="start no further measurement after this long")
+    parser.add_argument("--again", action="store_true", help="measure what has its line too")
+    parser.add_argument("--seconds", type=float, default=900.0, help="end after this long, whatever is left")
     parser.add_argument("--processes", type=int, default=max(2, (os.cpu_count() or 2) - 3), help="that compile at once")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/generate.jsonl"))
     return parser.parse_args(arguments)
@@ -493,12 +511,16 @@ def prepare() -> None:
 
 
 def main() -> int:
+    from pallas_kernels import timing
+
     flags = parsed()
     deadline_s = time.monotonic() + flags.seconds
     prepare()
     paths = [flags.config] if flags.config else [CONFIGS / f"{name}.json" for name in flags.models]
     configs = {path.stem: json.loads(path.read_text()) for path in paths}
     points = in_order([point for name, config in configs.items() for point in points_of(name, config, flags)], configs)
+    if not flags.again:
+        points = not_measured(points, flags.dtype, timing.records_of_here(flags.output))
     records = run(points, configs, flags, deadline_s)
     return int(any("error" in record for record in records) or len(records) < len(points))
 

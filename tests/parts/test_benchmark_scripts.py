@@ -251,6 +251,19 @@ def test_the_most_telling_points_come_first(load_script):
     assert [point.kind for point in script.points_of("tinymistral-6x248m", config, flags)].count("end_to_end") == 1
 
 
+def test_generation_that_has_its_lines_is_not_measured_again(load_script):
+    script = load_script("benchmark_generate")
+    bare, compared = (script.Point("decode", "tiny", batch, 8, 4, ("eager",) * (batch - 1)) for batch in (1, 2))
+    prefill = script.Point("prefill", "tiny", 1, 8, 1)
+    lines = [point.record() | {"dtype": "float32", "ms": 1.0} for point in (bare, compared)]
+    assert script.not_measured([bare, compared, prefill], "float32", lines) == [compared, prefill]
+    lines.append(lines[1] | {"kind": "baseline", "variant": "eager"})
+    assert script.not_measured([bare, compared, prefill], "float32", lines) == [prefill]
+    assert script.not_measured([bare], "bfloat16", lines) == [bare]
+    failed = prefill.record() | {"dtype": "float32", "error": "no memory"}
+    assert script.not_measured([prefill], "float32", [failed]) == [prefill]
+
+
 def test_what_has_a_line_is_not_measured_again(load_script, tmp_path):
     script, plot = load_script("benchmark_kernels"), load_script("plot_kernels")
     path = tmp_path / "kernels.jsonl"
