@@ -98,6 +98,23 @@ def test_spread_writes_each_choice_and_leaves_the_rest():
     assert jnp.isnan(out[4]).all()  # nobody's row: never written
 
 
+def test_combine_sums_tiles_one_after_the_other():
+    """24 tiles, 4 choices: four tiles at a time, in six turns."""
+    tokens, active, num_tiles = 2, 4, 24
+    keys = jax.random.split(jax.random.key(0), 3)
+    values_MD = jax.random.normal(keys[0], (tokens * active, 128 * num_tiles), jnp.float16)
+    scales_NM = jax.random.uniform(keys[1], (num_tiles, tokens * active))
+    weights_TA = jax.random.uniform(keys[2], (tokens, active))
+    rows_TA = jnp.arange(tokens * active, dtype=jnp.int32).reshape(tokens, active)
+    with interpret.interpreting():
+        out_TD = grouped_rows_sm90.combine(
+            values_MD, scales_NM, rows_TA, weights_TA, model_width=128 * num_tiles, dtype=jnp.float32
+        )
+        out_TD = jax.block_until_ready(out_TD)
+    scaled_TAD = values_MD.reshape(tokens, active, -1) * jnp.repeat(scales_NM.T, 128, 1).reshape(tokens, active, -1)
+    np.testing.assert_allclose(out_TD, (weights_TA[:, :, None] * scaled_TAD).sum(axis=1), rtol=1e-5, atol=1e-5)
+
+
 def test_combine_ignores_what_unwritten_rows_hold():
     values_MD = jnp.array([[1.0] * 128, [0.5] * 128, [jnp.nan] * 128], jnp.float16)
     scales_NM = jnp.array([[2.0, 4.0, jnp.nan]], jnp.float32)
