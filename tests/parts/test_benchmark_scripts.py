@@ -1,6 +1,7 @@
 """The scripts that measure whole models, from end to end at toy size on a CPU, and the arithmetic behind their figures."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 import moe_jax
 from moe_jax import memory, models, profiling, testing
 from moe_jax.model import parameters
-from pallas_kernels import dispatch, timing, tuning
+from pallas_kernels import aot, dispatch, timing, tuning
 from pallas_kernels.dispatch import Device
 
 ROOT = Path(__file__).parents[2]
@@ -312,6 +313,26 @@ def test_candidates_differ_and_kernels_are_those_that_run(tuned_points):
         assert len({json.dumps(each, sort_keys=True) for each in candidates}) == len(candidates) > 1, key
     assert {op for op, _, tokens in tuned_points if tokens == 4096} == {"experts.compact", "experts.grouped"}
     assert {op for op, _, tokens in tuned_points if tokens == 8} == {"experts.decode"}
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("shape", "tokens"), [("gpt-oss", 32), ("qwen3-30b", 512), ("gpt-oss", 4096), ("deepseek-v3-shared-up", 64)]
+)
+def test_candidates_compile(load_script, shape, tokens):
+    """Of each kernel, where it needs most shared memory."""
+    script = load_script("tune_kernels")
+    with dispatch.compiling_for(H200):
+        (point,) = script.points(list(script.OPS), [shape], [tokens])
+        candidates = script.candidates_of(point)
+    operands, named = aot.shapes_of(functools.partial(script.OPS[point.op].cases.arguments, point.case))
+    arrays, static = aot.split_arrays(named)
+    for settings in candidates:
+        run = functools.partial(script.implementation_of(point).run, **static, settings=settings)
+        program = aot.compile_for_h200(lambda operands, arrays, run=run: run(*operands, **arrays), operands, arrays)
+        for kernel in program.kernels:
+            assert kernel.spill_bytes == 0, (settings, kernel)
+            assert kernel.shared_memory_bytes <= aot.SHARED_MEMORY_BYTES, (settings, kernel)
 
 
 def test_the_sanitizer_sees_every_kernel(load_script):
