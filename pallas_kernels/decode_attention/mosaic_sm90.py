@@ -12,9 +12,11 @@ value to the cache, last of all: other blocks may be reading the tile they go to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from typing import Any
+import types
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -105,305 +107,103 @@ def _decode_attention(
     return out_XH.reshape(q_BQ.shape), *(jax.freeze(ref).reshape(k_BKSH.shape) for ref in (k_ref, v_ref))
 
 
-def _launch(
-    q_XH,
-    k_XH,
-    v_XH,
-    cos_BR,
-    sin_BR,
-    positions_B,
-    k_ref,
-    v_ref,
-    weights,
-    *,
-    kv_heads,
-    norm_epsilon,
-    clip,
-    window,
-    splits,
-    workers,
-    stages,
-):
-    width, half, dtype = q_XH.shape[1], q_XH.shape[1] // 2, q_XH.dtype
-    pack = _pack(width)
-    batch, capacity = positions_B.shape[0], k_ref.shape[1] * pack
-    query_heads = q_XH.shape[0] // batch
-    group = query_heads // kv_heads
-    queries = pl.cdiv(group, 8) * 8  # a head's, padded
-    norms_whole = bool(weights) and weights[0].ndim == 2
-    rows_layout, halves = _rows_layout(half), [pl.ds(n * half, half) for n in range(2)]
-    scores_layout = _rows_layout(POSITIONS)
-    # A partial result: maxima and sums of exponentials, the same in all rows, and attended values in chunks of 64 columns.
-    chunks = [pl.ds(n * POSITIONS, POSITIONS) for n in range(pack * width // POSITIONS)]
-    num_arrays, tile_shape = 2 + len(chunks), (POSITIONS, queries)
+def _launch(q_XH, k_XH, v_XH, cos_BR, sin_BR, positions_B, k_ref, v_ref, weights, *, kv_heads, **static):
+    batch, width = positions_B.shape[0], q_XH.shape[1]
+    arrays = dict(q=q_XH, k=k_XH, v=v_XH, cos=cos_BR, sin=sin_BR, positions=positions_B, k_cache=k_ref, v_cache=v_ref)
+    if weights:
+        arrays["q_weight"], arrays["k_weight"] = weights
+    sizes = _Sizes(
+        batch=batch,
+        kv_heads=kv_heads,
+        group=q_XH.shape[0] // (batch * kv_heads),
+        width=width,
+        capacity=k_ref.shape[1] * _pack(width),
+        norm=None if not weights else "head" if weights[0].ndim == 1 else "projection",
+        dtype=q_XH.dtype,
+        **static,
+    )
 
-    def kernel(q_gmem, k_gmem, v_gmem, cos_gmem, sin_gmem, positions_gmem, k_cache_gmem, v_cache_gmem, *rest, **smem):
-        weights_gmem, out_gmem = rest[:-1], rest[-1]
-        head, split = lax.axis_index("head"), lax.axis_index("split") if splits > 1 else 0
-        worker = lax.axis_index("warpgroup")
-        request = head // kv_heads
-        kv_head = lax.rem(head, kv_heads)
-        # Mosaic tiles an array in shared memory by as many rows as its copies go by, and swizzles tiles of fewer than 8 rows
-        # wrongly (seen on an H200). Where it cannot tell that a slice begins with a tile, it leaves the array as it is.
-        unknown_zero = head // (batch * kv_heads)
-        plain_halves = [pl.ds(unknown_zero + n * half, half) for n in range(2)]
-        q_rows_smem, k_rows_smem, out_smem = (smem[f"{name}_smem"] for name in ("q_rows", "k_rows", "out"))
+    def kernel(*refs, **scratch):
+        gmem = dict(zip((*arrays, "out"), refs, strict=True))
+        _Block(sizes, types.SimpleNamespace(**gmem), types.SimpleNamespace(**scratch)).run()
 
-        def span():
-            """What this block reads: (first position it may see, first one that is not in the cache, tiles from, to)."""
-            new = lax.min(positions_gmem[request], capacity)
-            oldest = 0 if window is None else lax.max(new - window + 1, 0)
-            first_tile = oldest // (POSITIONS * pack)
-            all_tiles = lax.max(pl.cdiv(new, POSITIONS * pack) - first_tile, 0)
-            return oldest, new, *(first_tile + all_tiles * n // splits for n in (split, split + 1))
+    cluster: dict[str, Any] = {}
+    if sizes.splits > 1:
+        cluster = dict(cluster=(sizes.splits,), cluster_names=("split",))
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(q_XH.shape, sizes.dtype),
+        grid=(batch * kv_heads,),
+        grid_names=("head",),
+        num_threads=sizes.workers + 1,
+        thread_name="warpgroup",
+        kernel_name="decode_attention",
+        scratch_types=_scratch(sizes, weights),
+        compiler_params=COMPILER,
+        **cluster,
+    )(*arrays.values())
 
-        def tile_of(cache_gmem, tile):
-            """Where a tile of the head's positions is: the one place to change for pages."""
-            return cache_gmem.at[head, pl.ds(tile * POSITIONS, POSITIONS)]
 
-        def load_rows():
-            ready = smem["rows_full"]
-            plgpu.copy_gmem_to_smem(q_gmem.at[pl.ds(head * group, queries)], q_rows_smem, ready)
-            plgpu.copy_gmem_to_smem(k_gmem.at[head], smem["k_raw_smem"], ready)
-            plgpu.copy_gmem_to_smem(v_gmem.at[head], smem["v_smem"].at[pl.ds(0, width)], ready)
-            plgpu.copy_gmem_to_smem(cos_gmem.at[request], smem["cos_smem"], ready)
-            plgpu.copy_gmem_to_smem(sin_gmem.at[request], smem["sin_smem"], ready)
-            if weights and not norms_whole:
-                for weight_gmem, name in zip(weights_gmem, ("q_weight_smem", "k_weight_smem"), strict=True):
-                    plgpu.copy_gmem_to_smem(weight_gmem, smem[name], ready)
-            if norms_whole:
-                q_weight_gmem, k_weight_gmem = weights_gmem
-                q_weight_gmem = q_weight_gmem.at[pl.ds(kv_head * group, queries)]
-                plgpu.copy_gmem_to_smem(q_weight_gmem, smem["q_weight_smem"], ready)
-                plgpu.copy_gmem_to_smem(k_weight_gmem.at[kv_head], smem["k_weight_smem"], ready)
-                all_q_gmem = q_gmem.at[pl.ds(request * query_heads, query_heads)]
-                plgpu.copy_gmem_to_smem(all_q_gmem, smem["all_q_smem"], ready)
-                all_k_gmem = k_gmem.at[pl.ds(request * kv_heads, kv_heads)]
-                plgpu.copy_gmem_to_smem(all_k_gmem, smem["all_k_smem"], ready)
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What the kernel is compiled for.
 
-        def stream():
-            load_rows()
-            _, _, begin, end = span()
+    group: query heads of a key/value head. capacity: positions in the cache. norm: over a head of queries or keys, or over
+    the whole projection. splits: blocks that share a key/value head. workers: warpgroups of a block that attend. stages:
+    slots of the ring.
+    """
 
-            def load(j):
-                slot = lax.rem(j, stages)
-                plgpu.copy_gmem_to_smem(
-                    tile_of(k_cache_gmem, begin + j), smem["k_smem"].at[slot], smem["k_full"].at[slot]
-                )
-                plgpu.copy_gmem_to_smem(
-                    tile_of(v_cache_gmem, begin + j), smem["v_tiles_smem"].at[slot], smem["v_full"].at[slot]
-                )
+    batch: int
+    kv_heads: int
+    group: int
+    width: int
+    capacity: int
+    norm: Literal["head", "projection"] | None
+    dtype: Any
+    norm_epsilon: float
+    clip: float | None
+    window: int | None
+    splits: int
+    workers: int
+    stages: int
 
-            fill_ring(end - begin, stages, smem["empty"], load)
+    @property
+    def half(self) -> int:
+        return self.width // 2
 
-        on_producer_warp(stream, warpgroup=workers)
+    @property
+    def pack(self) -> int:
+        return _pack(self.width)
 
-        def halves_of(rows_smem):
-            """The two halves of each row, in float32; of a single row as often as there are queries."""
-            if len(rows_smem.shape) == 2:
-                layout, slices = rows_layout, [rows_smem.at[:, each] for each in plain_halves]
-            else:
-                layout, slices = rows_layout.reduce(0), [rows_smem.at[each] for each in halves]
-            loaded = [plgpu.load(each, layout=layout, optimized=False).astype(jnp.float32) for each in slices]
-            return loaded if len(rows_smem.shape) == 2 else [_to_rows(each, queries) for each in loaded]
+    @property
+    def query_heads(self) -> int:
+        """Of one request."""
+        return self.kv_heads * self.group
 
-        def mean_square_of(all_smem):
-            size = math.prod(all_smem.shape)
-            layout = plgpu.Layout.WG_STRIDED(all_smem.shape, vec_size=min(8, size // 128))
-            values = plgpu.load(all_smem, layout=layout, optimized=False).astype(jnp.float32)
-            return jnp.sum(values * values) * (1.0 / size)
+    @property
+    def queries(self) -> int:
+        """A key/value head's, padded."""
+        return pl.cdiv(self.group, 8) * 8
 
-        def rounded(values):
-            return [each.astype(dtype).astype(jnp.float32) for each in values]
+    @property
+    def chunks(self) -> int:
+        """Tiles of 64 columns in a row of the cache."""
+        return self.pack * self.width // POSITIONS
 
-        def rotated(values, name):
-            """Halves of rows after norm, clip and rotation."""
-            if weights:
-                if norms_whole:
-                    scale = lax.rsqrt(mean_square_of(smem[f"all_{name}_smem"]) + norm_epsilon)
-                else:
-                    squares = sum(jnp.sum(each * each, axis=1) for each in values)
-                    scale = lax.rsqrt(squares * (1.0 / width) + norm_epsilon)
-                    scale = lax.broadcast_in_dim(scale, values[0].shape, (0,))
-                factors = halves_of(smem[f"{name}_weight_smem"])
-                values = rounded(each * scale * factor for each, factor in zip(values, factors, strict=True))
-            if clip is not None:
-                values = rounded(jnp.clip(each, -clip, clip) for each in values)
-            first, second = values
-            tables = [
-                plgpu.load(smem[each], layout=rows_layout.reduce(0), optimized=False)
-                for each in ("cos_smem", "sin_smem")
-            ]
-            cos, sin = (_to_rows(each, queries) for each in tables)
-            return rounded([first * cos - second * sin, second * cos + first * sin])
+    @property
+    def tile_shape(self) -> tuple[int, int]:
+        """Of each array of a partial result: 64 columns of the cache's rows, for each query."""
+        return POSITIONS, self.queries
 
-        def store_rows(values, rows_smem):
-            for each, columns in zip(values, plain_halves, strict=True):
-                rows_smem.at[:, columns][...] = each.astype(dtype)
+    @property
+    def num_arrays(self) -> int:
+        """Of a partial result: maxima and sums of exponentials, the same in all rows, and attended values in chunks."""
+        return 2 + self.chunks
 
-        def prepare():
-            """Queries into `wgmma`'s operand; the new key and its scores into shared memory."""
-            plgpu.barrier_wait(smem["rows_full"])
-            q_values = rotated(halves_of(q_rows_smem), "q")
-            store_rows(q_values, q_rows_smem)
-            plgpu.commit_smem()
-            smem["q_smem"][...] = plgpu.load(q_rows_smem, layout=_rows_layout(width), optimized=False)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(smem["q_ready"])
-            k_values = rotated(halves_of(smem["k_raw_smem"]), "k")
-            store_rows(k_values, k_rows_smem)
-            smem["scores_smem"][...] = sum(jnp.sum(q * k, axis=1) for q, k in zip(q_values, k_values, strict=True))
-            plgpu.commit_smem()
 
-        def attend_tiles():
-            """The partial result of this worker's tiles."""
-            oldest, new, begin, end = span()
-            columns = plgpu.broadcasted_iota(jnp.int32, (queries, POSITIONS), 1, layout=scores_layout)
-            rows = plgpu.broadcasted_iota(jnp.int32, tile_shape, 0, layout=MATRIX)
-            p_smems = [smem["p_smem"].at[worker, place] for place in range(pack)]
-            s_smems = [smem["s_smem"].at[worker, place] for place in range(pack)]
-            m_smem, l_smem = (smem[f"{name}_smem"].at[pl.ds(worker * queries, queries)] for name in "ml")
-
-            def store_scores(slot):
-                """One product for the positions at each place in their rows of the cache, transposed on their way."""
-                k_smem = smem["k_smem"].at[slot]
-                for place, s_smem in enumerate(s_smems):
-                    keys_smem = k_smem if pack == 1 else k_smem.at[:, pl.ds(place * width, width)]
-                    scores = _product(keys_smem, smem["q_smem"].T, tile_shape)
-                    s_smem.T[...] = plgpu.layout_cast(scores, plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.commit_smem()
-
-            def load_scores(tile):
-                """A query in half a warp: maxima need no exchange between warps, for which Mosaic has one place in all."""
-                scores = []
-                for place, s_smem in enumerate(s_smems):
-                    position = (columns + tile * POSITIONS) * pack + place
-                    is_visible = position < new
-                    if window is not None:
-                        is_visible = is_visible & (position >= oldest)
-                    loaded = plgpu.load(s_smem, layout=scores_layout, optimized=False)
-                    scores.append(jnp.where(is_visible, loaded * (LOG2_E * width**-0.5), NOTHING))
-                return scores
-
-            def attended(slot, chunk):
-                """Values of 64 columns of the cache's rows, each times the probabilities of its place."""
-                columns, first = chunks[chunk], chunk * POSITIONS
-                v_smem, result = smem["v_tiles_smem"].at[slot, :, columns], None
-                for place in range(first // width, (first + POSITIONS - 1) // width + 1):
-                    product = _product(v_smem.T, p_smems[place].T, tile_shape)
-                    is_before = rows + first < place * width
-                    result = product if result is None else jnp.where(is_before, result, product)
-                return result
-
-            def attend(j, part):
-                m, l, *values = part
-                turn = j * workers + worker
-                slot = lax.rem(turn, stages)
-                plgpu.barrier_wait(smem["k_full"].at[slot])
-                store_scores(slot)
-                scores = load_scores(begin + turn)
-                new_m = functools.reduce(jnp.maximum, [m, *(jnp.max(each, axis=1) for each in scores)])
-                kept = jnp.exp2(m - new_m)
-                p = [jnp.exp2(each - lax.broadcast_in_dim(new_m, each.shape, (0,))) for each in scores]
-                for p_smem, each in zip(p_smems, p, strict=True):
-                    p_smem[...] = each.astype(dtype)
-                m_smem[...] = kept
-                plgpu.commit_smem()
-                kept_C = plgpu.load(m_smem, layout=BY_COLUMN, optimized=False)
-                plgpu.barrier_wait(smem["v_full"].at[slot])
-                added = [attended(slot, chunk) for chunk in range(len(chunks))]
-                plgpu.barrier_arrive(smem["empty"].at[slot])
-                l = functools.reduce(jnp.add, [l * kept, *(jnp.sum(each, axis=1) for each in p)])
-                kept_RC = _to_rows(kept_C, POSITIONS)
-                return new_m, l, *(o * kept_RC + more for o, more in zip(values, added, strict=True))
-
-            nothing = _zeros(queries, layout=scores_layout.reduce(1))
-            values = [_zeros(*tile_shape)] * len(chunks)
-            plgpu.barrier_wait(smem["q_ready"])
-            count = (end - begin - worker + workers - 1) // workers
-            m, l, *values = lax.fori_loop(0, count, attend, (nothing + NOTHING, nothing, *values))
-            plgpu.commit_smem()  # no warp still reads what it kept in the last turn
-            m_smem[...] = m
-            l_smem[...] = l
-            plgpu.commit_smem()
-            stats = [plgpu.load(each, layout=BY_COLUMN, optimized=False) for each in (m_smem, l_smem)]
-            return *(_to_rows(each, POSITIONS) for each in stats), *values
-
-        def new_token():
-            """The partial result of the new position, which no tile holds."""
-            scores = plgpu.load(smem["scores_smem"], layout=BY_COLUMN, optimized=False)
-            values = []
-            rows = plgpu.broadcasted_iota(jnp.int32, tile_shape, 0, layout=MATRIX)
-            for n, chunk in enumerate(chunks):
-                v_smem = smem["v_smem"].at[chunk]
-                value = plgpu.load(v_smem, layout=BY_ROW, optimized=False).astype(jnp.float32)
-                if clip is not None:
-                    (value,) = rounded([jnp.clip(value, -clip, clip)])
-                    v_smem[...] = value.astype(dtype)
-                value = plgpu.layout_cast(lax.broadcast_in_dim(value, tile_shape, (0,)), MATRIX)
-                values.append(value if pack == 1 else jnp.where(rows + n * POSITIONS < width, value, 0.0))
-            ones = _zeros(*tile_shape) + 1.0
-            return _to_rows(scores, POSITIONS) * (LOG2_E * width**-0.5), ones, *values
-
-        def finish(parts):
-            _, l, *values = _merged(parts)
-            sums_smem = out_smem if pack == 1 else smem["places_smem"]
-            for n, value in enumerate(values):
-                chunk = pl.ds(unknown_zero + n * POSITIONS, POSITIONS)
-                out = (value / l).astype(sums_smem.dtype)
-                sums_smem.at[:, chunk].T[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
-            if pack > 1:
-                plgpu.commit_smem()
-                places = [sums_smem.at[:, pl.ds(n * width, width)] for n in range(pack)]
-                loaded = [plgpu.load(each, layout=_rows_layout(width), optimized=False) for each in places]
-                out_smem.at[:, pl.ds(unknown_zero, width)][...] = functools.reduce(jnp.add, loaded).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, group)], out_gmem.at[pl.ds(head * group, group)])
-            row, columns = positions_gmem[request] // pack, pl.ds(lax.rem(positions_gmem[request], pack) * width, width)
-            k_row_gmem, v_row_gmem = (
-                cache_gmem.at[head, pl.ds(row, 1), columns] for cache_gmem in (k_cache_gmem, v_cache_gmem)
-            )
-            plgpu.copy_smem_to_gmem(k_rows_smem.at[pl.ds(0, 1)], k_row_gmem)
-            plgpu.copy_smem_to_gmem(smem["v_smem"].at[pl.ds(0, width)], v_row_gmem.at[0])
-            plgpu.wait_smem_to_gmem(0)
-
-        def send(part):
-            for n, each in enumerate(part):
-                plgpu.async_store_smem(
-                    each,
-                    smem["splits_smem"].at[split - 1, n],
-                    smem["splits_full"],
-                    cluster_idx=jnp.int32(0),
-                    cluster_dim="split",
-                    optimized=False,
-                )
-
-        def load_parts(name, count):
-            plgpu.barrier_wait(smem[f"{name}_full"])
-            refs = [[smem[f"{name}_smem"].at[part, n] for n in range(num_arrays)] for part in range(count)]
-            return [[plgpu.load(ref, layout=MATRIX, optimized=False) for ref in part] for part in refs]
-
-        if workers > 1:
-
-            @pl.when((worker > 0) & (worker < workers))
-            def _help():
-                for n, each in enumerate(attend_tiles()):
-                    smem["workers_smem"].at[worker - 1, n][...] = each
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(smem["workers_full"])
-
-        @pl.when(worker == 0)
-        def _lead():
-            prepare()
-            parts = [attend_tiles()]
-            if workers > 1:
-                parts += load_parts("workers", workers - 1)
-            if splits == 1:
-                finish([*parts, new_token()])
-            else:
-                pl.when(split > 0)(lambda: send(_merged(parts)))
-                pl.when(split == 0)(lambda: finish([_merged(parts), *load_parts("splits", splits - 1), new_token()]))
-
+def _scratch(sizes: _Sizes, weights) -> dict[str, Any]:
+    width, half, pack, dtype = sizes.width, sizes.half, sizes.pack, sizes.dtype
+    queries, workers, stages = sizes.queries, sizes.workers, sizes.stages
     scratch: dict[str, Any] = dict(
         k_smem=plgpu.SMEM((stages, POSITIONS, pack * width), dtype),
         v_tiles_smem=plgpu.SMEM((stages, POSITIONS, pack * width), dtype),
@@ -420,7 +220,7 @@ def _launch(
         l_smem=plgpu.SMEM((workers * queries,), jnp.float32),
         scores_smem=plgpu.SMEM((queries,), jnp.float32),
         out_smem=plgpu.SMEM((queries, width), dtype),
-        rows_full=plgpu.Barrier(num_arrivals=5 + len(weights) * (2 if norms_whole else 1)),
+        rows_full=plgpu.Barrier(num_arrivals=5 + len(weights) * (2 if sizes.norm == "projection" else 1)),
         q_ready=plgpu.Barrier(),
         k_full=plgpu.Barrier(num_barriers=stages),
         v_full=plgpu.Barrier(num_barriers=stages),
@@ -428,35 +228,333 @@ def _launch(
     )
     if pack > 1:
         scratch["places_smem"] = plgpu.SMEM((queries, pack * width), jnp.float32)
-    if norms_whole:
-        scratch["q_weight_smem"] = plgpu.SMEM((queries, width), weights[0].dtype)
-        scratch["k_weight_smem"] = plgpu.SMEM((width,), weights[1].dtype)
-        scratch["all_q_smem"] = plgpu.SMEM((query_heads, width), dtype)
-        scratch["all_k_smem"] = plgpu.SMEM((kv_heads, width), dtype)
-    elif weights:
-        scratch["q_weight_smem"] = plgpu.SMEM((width,), weights[0].dtype)
-        scratch["k_weight_smem"] = plgpu.SMEM((width,), weights[1].dtype)
-    for name, others in (("workers", workers - 1), ("splits", splits - 1)):
+    if sizes.norm is not None:
+        q_weight, k_weight = weights
+        is_whole = sizes.norm == "projection"
+        scratch["q_weight_smem"] = plgpu.SMEM((queries, width) if is_whole else (width,), q_weight.dtype)
+        scratch["k_weight_smem"] = plgpu.SMEM((width,), k_weight.dtype)
+    if sizes.norm == "projection":
+        scratch["all_q_smem"] = plgpu.SMEM((sizes.query_heads, width), dtype)
+        scratch["all_k_smem"] = plgpu.SMEM((sizes.kv_heads, width), dtype)
+    for name, others in (("workers", workers - 1), ("splits", sizes.splits - 1)):
         if others:
-            scratch[f"{name}_smem"] = plgpu.SMEM((others, num_arrays, *tile_shape), jnp.float32)
+            scratch[f"{name}_smem"] = plgpu.SMEM((others, sizes.num_arrays, *sizes.tile_shape), jnp.float32)
     if workers > 1:
         scratch["workers_full"] = plgpu.Barrier(num_arrivals=workers - 1)
-    cluster: dict[str, Any] = {}
-    if splits > 1:
-        cluster = dict(cluster=(splits,), cluster_names=("split",))
-        scratch["splits_full"] = plgpu.Barrier(num_arrivals=num_arrays * (splits - 1))
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(q_XH.shape, dtype),
-        grid=(batch * kv_heads,),
-        grid_names=("head",),
-        num_threads=workers + 1,
-        thread_name="warpgroup",
-        kernel_name="decode_attention",
-        scratch_types=scratch,
-        compiler_params=COMPILER,
-        **cluster,
-    )(q_XH, k_XH, v_XH, cos_BR, sin_BR, positions_B, k_ref, v_ref, *weights)
+    if sizes.splits > 1:
+        scratch["splits_full"] = plgpu.Barrier(num_arrivals=sizes.num_arrays * (sizes.splits - 1))
+    return scratch
+
+
+class _Block:
+    """One block's part of a head: a warp that streams tiles, warpgroups that attend to them, and the first that finishes."""
+
+    def __init__(self, sizes: _Sizes, gmem, scratch):
+        self.sizes, self.gmem, self.scratch = sizes, gmem, scratch
+        self.head = lax.axis_index("head")
+        self.split = lax.axis_index("split") if sizes.splits > 1 else 0
+        self.worker = lax.axis_index("warpgroup")
+        self.request = self.head // sizes.kv_heads
+        self.kv_head = lax.rem(self.head, sizes.kv_heads)
+        # Mosaic tiles an array in shared memory by as many rows as its copies go by, and swizzles tiles of fewer than 8 rows
+        # wrongly (seen on an H200). Where it cannot tell that a slice begins with a tile, it leaves the array as it is.
+        self.unknown_zero = self.head // (sizes.batch * sizes.kv_heads)
+        self.plain_halves = [pl.ds(self.unknown_zero + n * sizes.half, sizes.half) for n in range(2)]
+
+    def run(self) -> None:
+        workers = self.sizes.workers
+        on_producer_warp(self.stream, warpgroup=workers)
+        if workers > 1:
+            pl.when((self.worker > 0) & (self.worker < workers))(self.help)
+        pl.when(self.worker == 0)(self.lead)
+
+    def help(self) -> None:
+        for n, each in enumerate(_Worker(self).attend_all()):
+            self.scratch.workers_smem.at[self.worker - 1, n][...] = each
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.scratch.workers_full)
+
+    def lead(self) -> None:
+        self.prepare()
+        parts = [_Worker(self).attend_all()]
+        workers, splits = self.sizes.workers, self.sizes.splits
+        if workers > 1:
+            parts += self.load_parts("workers", workers - 1)
+        if splits == 1:
+            self.finish([*parts, self.new_token()])
+        else:
+            pl.when(self.split > 0)(lambda: self.send(_merged(parts)))
+            pl.when(self.split == 0)(
+                lambda: self.finish([_merged(parts), *self.load_parts("splits", splits - 1), self.new_token()])
+            )
+
+    # What is read.
+
+    def span(self):
+        """(first position that this block may see, first one that is not in the cache, tiles from, to)."""
+        sizes, positions = self.sizes, POSITIONS * self.sizes.pack
+        new = lax.min(self.gmem.positions[self.request], sizes.capacity)
+        oldest = 0 if sizes.window is None else lax.max(new - sizes.window + 1, 0)
+        first_tile = oldest // positions
+        all_tiles = lax.max(pl.cdiv(new, positions) - first_tile, 0)
+        return oldest, new, *(first_tile + all_tiles * n // sizes.splits for n in (self.split, self.split + 1))
+
+    def tile_of(self, cache_gmem, tile):
+        """Where a tile of the head's positions is: the one place to change for pages."""
+        return cache_gmem.at[self.head, pl.ds(tile * POSITIONS, POSITIONS)]
+
+    def stream(self) -> None:
+        self.load_rows()
+        _, _, begin, end = self.span()
+        gmem, scratch, stages = self.gmem, self.scratch, self.sizes.stages
+
+        def load(j):
+            slot = lax.rem(j, stages)
+            k_tile, v_tile = scratch.k_smem.at[slot], scratch.v_tiles_smem.at[slot]
+            plgpu.copy_gmem_to_smem(self.tile_of(gmem.k_cache, begin + j), k_tile, scratch.k_full.at[slot])
+            plgpu.copy_gmem_to_smem(self.tile_of(gmem.v_cache, begin + j), v_tile, scratch.v_full.at[slot])
+
+        fill_ring(end - begin, stages, scratch.empty, load)
+
+    def load_rows(self) -> None:
+        """Starts to load what `prepare` needs."""
+        sizes, gmem, scratch = self.sizes, self.gmem, self.scratch
+        self.load_row(gmem.q.at[pl.ds(self.head * sizes.group, sizes.queries)], scratch.q_rows_smem)
+        self.load_row(gmem.k.at[self.head], scratch.k_raw_smem)
+        self.load_row(gmem.v.at[self.head], scratch.v_smem.at[pl.ds(0, sizes.width)])
+        self.load_row(gmem.cos.at[self.request], scratch.cos_smem)
+        self.load_row(gmem.sin.at[self.request], scratch.sin_smem)
+        if sizes.norm == "head":
+            self.load_row(gmem.q_weight, scratch.q_weight_smem)
+            self.load_row(gmem.k_weight, scratch.k_weight_smem)
+        elif sizes.norm == "projection":
+            q_weight_gmem = gmem.q_weight.at[pl.ds(self.kv_head * sizes.group, sizes.queries)]
+            self.load_row(q_weight_gmem, scratch.q_weight_smem)
+            self.load_row(gmem.k_weight.at[self.kv_head], scratch.k_weight_smem)
+            all_q_gmem = gmem.q.at[pl.ds(self.request * sizes.query_heads, sizes.query_heads)]
+            self.load_row(all_q_gmem, scratch.all_q_smem)
+            all_k_gmem = gmem.k.at[pl.ds(self.request * sizes.kv_heads, sizes.kv_heads)]
+            self.load_row(all_k_gmem, scratch.all_k_smem)
+
+    def load_row(self, row_gmem, row_smem) -> None:
+        plgpu.copy_gmem_to_smem(row_gmem, row_smem, self.scratch.rows_full)
+
+    # The queries and the new key: norm, clip and rotation.
+
+    def prepare(self) -> None:
+        """Queries into `wgmma`'s operand; the new key and its scores into shared memory."""
+        scratch = self.scratch
+        plgpu.barrier_wait(scratch.rows_full)
+        q_values = self.rotated(self.halves_of(scratch.q_rows_smem), "q")
+        self.store_rows(q_values, scratch.q_rows_smem)
+        plgpu.commit_smem()
+        layout = _rows_layout(self.sizes.width)
+        scratch.q_smem[...] = plgpu.load(scratch.q_rows_smem, layout=layout, optimized=False)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch.q_ready)
+        k_values = self.rotated(self.halves_of(scratch.k_raw_smem), "k")
+        self.store_rows(k_values, scratch.k_rows_smem)
+        scratch.scores_smem[...] = sum(jnp.sum(q * k, axis=1) for q, k in zip(q_values, k_values, strict=True))
+        plgpu.commit_smem()
+
+    def rotated(self, values, name: str):
+        """Halves of rows after norm, clip and rotation."""
+        sizes, scratch = self.sizes, self.scratch
+        if sizes.norm is not None:
+            values = self.normalised(values, name)
+        if sizes.clip is not None:
+            values = self.rounded(jnp.clip(each, -sizes.clip, sizes.clip) for each in values)
+        first, second = values
+        layout = _rows_layout(sizes.half).reduce(0)
+        tables = [plgpu.load(each, layout=layout, optimized=False) for each in (scratch.cos_smem, scratch.sin_smem)]
+        cos, sin = (_to_rows(each, sizes.queries) for each in tables)
+        return self.rounded([first * cos - second * sin, second * cos + first * sin])
+
+    def normalised(self, values, name: str):
+        sizes = self.sizes
+        if sizes.norm == "projection":
+            scale = lax.rsqrt(_mean_square(getattr(self.scratch, f"all_{name}_smem")) + sizes.norm_epsilon)
+        else:
+            squares = sum(jnp.sum(each * each, axis=1) for each in values)
+            scale = lax.rsqrt(squares * (1.0 / sizes.width) + sizes.norm_epsilon)
+            scale = lax.broadcast_in_dim(scale, values[0].shape, (0,))
+        factors = self.halves_of(getattr(self.scratch, f"{name}_weight_smem"))
+        return self.rounded(each * scale * factor for each, factor in zip(values, factors, strict=True))
+
+    def rounded(self, values):
+        """Wherever the definition has an array of the dtype."""
+        return [each.astype(self.sizes.dtype).astype(jnp.float32) for each in values]
+
+    def halves_of(self, rows_smem):
+        """The two halves of each row, in float32; of a single row as often as there are queries."""
+        half, is_single = self.sizes.half, len(rows_smem.shape) == 1
+        layout = _rows_layout(half)
+        if is_single:
+            layout, slices = layout.reduce(0), [rows_smem.at[pl.ds(n * half, half)] for n in range(2)]
+        else:
+            slices = [rows_smem.at[:, each] for each in self.plain_halves]
+        loaded = [plgpu.load(each, layout=layout, optimized=False).astype(jnp.float32) for each in slices]
+        return [_to_rows(each, self.sizes.queries) for each in loaded] if is_single else loaded
+
+    def store_rows(self, values, rows_smem) -> None:
+        for each, columns in zip(values, self.plain_halves, strict=True):
+            rows_smem.at[:, columns][...] = each.astype(self.sizes.dtype)
+
+    # Partial results from elsewhere, and what becomes of them all.
+
+    def new_token(self):
+        """The partial result of the new position, which no tile holds."""
+        sizes, shape = self.sizes, self.sizes.tile_shape
+        scores = plgpu.load(self.scratch.scores_smem, layout=BY_COLUMN, optimized=False)
+        values = []
+        rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+        for n in range(sizes.chunks):
+            v_smem = self.scratch.v_smem.at[pl.ds(n * POSITIONS, POSITIONS)]
+            value = plgpu.load(v_smem, layout=BY_ROW, optimized=False).astype(jnp.float32)
+            if sizes.clip is not None:
+                (value,) = self.rounded([jnp.clip(value, -sizes.clip, sizes.clip)])
+                v_smem[...] = value.astype(sizes.dtype)
+            value = plgpu.layout_cast(lax.broadcast_in_dim(value, shape, (0,)), MATRIX)
+            values.append(value if sizes.pack == 1 else jnp.where(rows + n * POSITIONS < sizes.width, value, 0.0))
+        ones = _zeros(*shape) + 1.0
+        return _to_rows(scores, POSITIONS) * (LOG2_E * sizes.width**-0.5), ones, *values
+
+    def load_parts(self, name: str, count: int):
+        """What the other workers have stored, or the other blocks sent."""
+        plgpu.barrier_wait(getattr(self.scratch, f"{name}_full"))
+        parts_smem = getattr(self.scratch, f"{name}_smem")
+        refs = [[parts_smem.at[part, n] for n in range(self.sizes.num_arrays)] for part in range(count)]
+        return [[plgpu.load(ref, layout=MATRIX, optimized=False) for ref in part] for part in refs]
+
+    def send(self, part) -> None:
+        """To the first block of the cluster."""
+        for n, each in enumerate(part):
+            plgpu.async_store_smem(
+                each,
+                self.scratch.splits_smem.at[self.split - 1, n],
+                self.scratch.splits_full,
+                cluster_idx=jnp.int32(0),
+                cluster_dim="split",
+                optimized=False,
+            )
+
+    def finish(self, parts) -> None:
+        """The attended heads out, then the new key and value into the cache."""
+        _, l, *values = _merged(parts)
+        self.store_heads(l, values)
+        plgpu.commit_smem()
+        gmem, scratch, group = self.gmem, self.scratch, self.sizes.group
+        out_gmem = gmem.out.at[pl.ds(self.head * group, group)]
+        plgpu.copy_smem_to_gmem(scratch.out_smem.at[pl.ds(0, group)], out_gmem)
+        width, pack, position = self.sizes.width, self.sizes.pack, gmem.positions.at[self.request]
+        row, columns = position[...] // pack, pl.ds(lax.rem(position[...], pack) * width, width)
+        k_row_gmem, v_row_gmem = (cache.at[self.head, pl.ds(row, 1), columns] for cache in (gmem.k_cache, gmem.v_cache))
+        plgpu.copy_smem_to_gmem(scratch.k_rows_smem.at[pl.ds(0, 1)], k_row_gmem)
+        plgpu.copy_smem_to_gmem(scratch.v_smem.at[pl.ds(0, width)], v_row_gmem.at[0])
+        plgpu.wait_smem_to_gmem(0)
+
+    def store_heads(self, l, values) -> None:
+        """Values over their sums of exponentials, with heads as rows; those of each place in a row of the cache added up."""
+        width, pack, out_smem = self.sizes.width, self.sizes.pack, self.scratch.out_smem
+        sums_smem = out_smem if pack == 1 else self.scratch.places_smem
+        for n, value in enumerate(values):
+            chunk = pl.ds(self.unknown_zero + n * POSITIONS, POSITIONS)
+            out = (value / l).astype(sums_smem.dtype)
+            sums_smem.at[:, chunk].T[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA_TRANSPOSED)
+        if pack > 1:
+            plgpu.commit_smem()
+            places = [sums_smem.at[:, pl.ds(n * width, width)] for n in range(pack)]
+            loaded = [plgpu.load(each, layout=_rows_layout(width), optimized=False) for each in places]
+            row = pl.ds(self.unknown_zero, width)
+            out_smem.at[:, row][...] = functools.reduce(jnp.add, loaded).astype(self.sizes.dtype)
+
+
+class _Worker:
+    """One warpgroup's turns at its block's tiles."""
+
+    def __init__(self, block: _Block):
+        sizes, scratch, worker = block.sizes, block.scratch, block.worker
+        self.sizes, self.scratch, self.worker = sizes, scratch, worker
+        self.oldest, self.new, self.begin, self.end = block.span()
+        self.scores_layout = _rows_layout(POSITIONS)
+        scores_shape = (sizes.queries, POSITIONS)
+        self.columns = plgpu.broadcasted_iota(jnp.int32, scores_shape, 1, layout=self.scores_layout)
+        self.rows = plgpu.broadcasted_iota(jnp.int32, sizes.tile_shape, 0, layout=MATRIX)
+        # One array for the positions at each place in their rows of the cache.
+        self.p_smems = [scratch.p_smem.at[worker, place] for place in range(sizes.pack)]
+        self.s_smems = [scratch.s_smem.at[worker, place] for place in range(sizes.pack)]
+        self.m_smem, self.l_smem = (
+            smem.at[pl.ds(worker * sizes.queries, sizes.queries)] for smem in (scratch.m_smem, scratch.l_smem)
+        )
+
+    def attend_all(self):
+        """The partial result of this worker's tiles."""
+        sizes = self.sizes
+        nothing = _zeros(sizes.queries, layout=self.scores_layout.reduce(1))
+        values = [_zeros(*sizes.tile_shape)] * sizes.chunks
+        plgpu.barrier_wait(self.scratch.q_ready)
+        count = (self.end - self.begin - self.worker + sizes.workers - 1) // sizes.workers
+        m, l, *values = lax.fori_loop(0, count, self.attend, (nothing + NOTHING, nothing, *values))
+        plgpu.commit_smem()  # no warp still reads what it kept in the last turn
+        self.m_smem[...] = m
+        self.l_smem[...] = l
+        plgpu.commit_smem()
+        stats = [plgpu.load(each, layout=BY_COLUMN, optimized=False) for each in (self.m_smem, self.l_smem)]
+        return *(_to_rows(each, POSITIONS) for each in stats), *values
+
+    def attend(self, j, part):
+        """The partial result with one more tile."""
+        m, l, *values = part
+        turn = j * self.sizes.workers + self.worker
+        slot = lax.rem(turn, self.sizes.stages)
+        plgpu.barrier_wait(self.scratch.k_full.at[slot])
+        self.store_scores(slot)
+        scores = self.load_scores(self.begin + turn)
+        new_m = functools.reduce(jnp.maximum, [m, *(jnp.max(each, axis=1) for each in scores)])
+        kept = jnp.exp2(m - new_m)
+        p = [jnp.exp2(each - lax.broadcast_in_dim(new_m, each.shape, (0,))) for each in scores]
+        for p_smem, each in zip(self.p_smems, p, strict=True):
+            p_smem[...] = each.astype(self.sizes.dtype)
+        self.m_smem[...] = kept
+        plgpu.commit_smem()
+        kept_C = plgpu.load(self.m_smem, layout=BY_COLUMN, optimized=False)
+        plgpu.barrier_wait(self.scratch.v_full.at[slot])
+        added = [self.attended(slot, chunk) for chunk in range(self.sizes.chunks)]
+        plgpu.barrier_arrive(self.scratch.empty.at[slot])
+        l = functools.reduce(jnp.add, [l * kept, *(jnp.sum(each, axis=1) for each in p)])
+        kept_RC = _to_rows(kept_C, POSITIONS)
+        return new_m, l, *(o * kept_RC + more for o, more in zip(values, added, strict=True))
+
+    def store_scores(self, slot) -> None:
+        """One product for the positions at each place in their rows of the cache, transposed on their way."""
+        k_smem, width = self.scratch.k_smem.at[slot], self.sizes.width
+        for place, s_smem in enumerate(self.s_smems):
+            keys_smem = k_smem if self.sizes.pack == 1 else k_smem.at[:, pl.ds(place * width, width)]
+            scores = _product(keys_smem, self.scratch.q_smem.T, self.sizes.tile_shape)
+            s_smem.T[...] = plgpu.layout_cast(scores, plgpu.Layout.WGMMA_TRANSPOSED)
+        plgpu.commit_smem()
+
+    def load_scores(self, tile):
+        """A query in half a warp: maxima need no exchange between warps, for which Mosaic has one place in all."""
+        scores = []
+        for place, s_smem in enumerate(self.s_smems):
+            position = (self.columns + tile * POSITIONS) * self.sizes.pack + place
+            is_visible = position < self.new
+            if self.sizes.window is not None:
+                is_visible = is_visible & (position >= self.oldest)
+            loaded = plgpu.load(s_smem, layout=self.scores_layout, optimized=False)
+            scores.append(jnp.where(is_visible, loaded * (LOG2_E * self.sizes.width**-0.5), NOTHING))
+        return scores
+
+    def attended(self, slot, chunk: int):
+        """Values of 64 columns of the cache's rows, each times the probabilities of its place."""
+        first, width = chunk * POSITIONS, self.sizes.width
+        v_smem, result = self.scratch.v_tiles_smem.at[slot, :, pl.ds(first, POSITIONS)], None
+        for place in range(first // width, (first + POSITIONS - 1) // width + 1):
+            product = _product(v_smem.T, self.p_smems[place].T, self.sizes.tile_shape)
+            is_before = self.rows + first < place * width
+            result = product if result is None else jnp.where(is_before, result, product)
+        return result
 
 
 def _pack(width: int) -> int:
@@ -477,6 +575,13 @@ def _product(a_smem, b_smem, shape):
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC(shape))
+
+
+def _mean_square(all_smem):
+    size = math.prod(all_smem.shape)
+    layout = plgpu.Layout.WG_STRIDED(all_smem.shape, vec_size=min(8, size // 128))
+    values = plgpu.load(all_smem, layout=layout, optimized=False).astype(jnp.float32)
+    return jnp.sum(values * values) * (1.0 / size)
 
 
 def _zeros(*shape: int, layout=MATRIX):
