@@ -10,7 +10,9 @@ the norm's weight on their way into `wgmma`, their squares summed up beside it, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -74,9 +76,7 @@ def matvec(
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "norm_epsilon", "parts", "depth", "stages"))
-def _matvec(
-    x_TI, weights, norm_weight_I, biases, residual_TO, *, activation, norm_epsilon, parts, depth, stages
-) -> tuple[jax.Array, ...]:
+def _matvec(x_TI, weights, norm_weight_I, biases, residual_TO, *, activation, **static) -> tuple[jax.Array, ...]:
     num_tokens, width = x_TI.shape
     tokens = padded_tokens(num_tokens)
     if num_tokens > 8 and num_tokens % 8:  # copies fill up fewer than 8 rows, or a multiple of 8, with zeros
@@ -85,187 +85,276 @@ def _matvec(
             residual_TO = jnp.pad(residual_TO, ((0, tokens - num_tokens), (0, 0)))
     if residual_TO is not None and residual_TO.shape[1] % ROWS:  # as the results: swizzled copies want whole tiles
         residual_TO = jnp.pad(residual_TO, ((0, 0), (0, -residual_TO.shape[1] % ROWS)))
-    pieces = 1 if activation is None else weights[0].shape[0]
-    steps, tiles = pl.cdiv(width, depth), [pl.cdiv(weight.shape[-2], ROWS) for weight in weights]
-    has_norm, has_bias, has_residual = (value is not None for value in (norm_weight_I, biases, residual_TO))
-
-    def kernel(x_gmem, *refs, weights_smem, tokens_smem, out_smem, full, empty, **scratch):
-        optional_gmem = dict(zip(optional, refs[: len(optional)], strict=True))
-        weight_gmems, y_gmems = refs[len(optional) :][: len(weights)], refs[-len(weights) :]
-        tile, part = lax.axis_index("tile"), lax.axis_index("part") if parts > 1 else 0
-        first_step, last_step = steps * part // parts, steps * (part + 1) // parts
-        count = last_step - first_step
-
-        def for_my_weight(body) -> None:
-            """Calls `body(n, row)` with the weight that the tile belongs to, and the tile's first row in it."""
-            for n in range(len(weights)):
-                first = sum(tiles[:n])
-
-                @pl.when((tile >= first) & (tile < first + tiles[n]))
-                def _(n=n, first=first):
-                    body(n, (tile - first) * ROWS)
-
-        def stream(n, row):
-            def load(j):
-                slot, columns = lax.rem(j, stages), pl.ds((first_step + j) * depth, depth)
-                for piece in range(pieces):
-                    matrix_gmem = weight_gmems[n] if activation is None else weight_gmems[n].at[piece]
-                    tile_gmem = matrix_gmem.at[pl.ds(row, ROWS), columns]
-                    plgpu.copy_gmem_to_smem(tile_gmem, weights_smem.at[slot, piece], full.at[slot])
-                plgpu.copy_gmem_to_smem(x_gmem.at[_whole(tokens), columns], tokens_smem.at[slot], full.at[slot])
-                if has_norm:
-                    norm_gmem = optional_gmem["norm_weight"].at[columns]
-                    plgpu.copy_gmem_to_smem(norm_gmem, scratch["norm_smem"].at[slot], full.at[slot])
-
-            fill_ring(count, stages, empty, load)
-
-        on_producer_warp(lambda: for_my_weight(stream), warpgroup=1)
-
-        def load_addends(n, row):
-            rows = pl.ds(row, ROWS)
-            if has_bias:
-                bias_gmem = optional_gmem[f"bias{n}"].at[rows]
-                plgpu.copy_gmem_to_smem(bias_gmem, scratch["bias_smem"], scratch["addends_full"])
-            if has_residual:
-                residual_gmem = optional_gmem["residual"].at[_whole(tokens), rows]
-                plgpu.copy_gmem_to_smem(residual_gmem, scratch["residual_smem"], scratch["addends_full"])
-
-        def multiply(*accs):
-            """The products of this block's columns, `[64, T]` each, and with a norm the tokens' squares for every row."""
-
-            def step(j, squares_CT=None):
-                slot = lax.rem(j, stages)
-                plgpu.barrier_wait(full.at[slot])
-                if has_norm:
-                    squares_CT = weigh_tokens(slot, squares_CT)
-                for piece, acc in enumerate(accs):
-                    plgpu.wgmma(acc, weights_smem.at[slot, piece], tokens_smem.at[slot].T)
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(empty.at[slot])
-                return squares_CT
-
-            if not has_norm:
-                pl.loop(0, count)(step)
-                return [acc[...] for acc in accs]
-            zeros_CT = plgpu.layout_cast(jnp.zeros((CHUNK, tokens), jnp.float32), plgpu.Layout.WGMMA_TRANSPOSED)
-            squares_CT = lax.fori_loop(0, count, step, zeros_CT)
-            return [*(acc[...] for acc in accs), sum_for_every_row(squares_CT)]
-
-        def weigh_tokens(slot, squares_CT):
-            """Multiplies the slot's columns of the tokens by the norm's weight, in place, and adds their squares."""
-            for chunk in range(depth // CHUNK):
-                columns = pl.ds(chunk * CHUNK, CHUNK)
-                x_smem = tokens_smem.at[slot, :, columns].T
-                x_CT = plgpu.load(x_smem, layout=plgpu.Layout.WGMMA_TRANSPOSED).astype(jnp.float32)
-                norm_smem = scratch["norm_smem"].at[slot, columns]
-                weight_C = plgpu.load(norm_smem, layout=plgpu.Layout.WGMMA_TRANSPOSED.reduce(1)).astype(jnp.float32)
-                weighted_CT = x_CT * lax.broadcast_in_dim(weight_C, x_CT.shape, (0,))
-                x_smem[...] = weighted_CT.astype(tokens_smem.dtype)
-                squares_CT = squares_CT + x_CT * x_CT
-            plgpu.commit_smem()
-            return squares_CT
-
-        def sum_for_every_row(squares_CT):
-            """The sums over columns, as the products are laid out in registers."""
-            scratch["squares_smem"][...] = jnp.sum(squares_CT, axis=0)
-            plgpu.commit_smem()
-            sums_T = plgpu.load(scratch["squares_smem"], layout=plgpu.Layout.WGMMA.reduce(0))
-            return plgpu.layout_cast(lax.broadcast_in_dim(sums_T, (ROWS, tokens), (1,)), plgpu.Layout.WGMMA)
-
-        def send(sums):
-            for n, total in enumerate(sums):
-                target_smem = scratch["parts_smem"].at[part - 1, n]
-                plgpu.async_store_smem(
-                    total,
-                    target_smem,
-                    scratch["parts_full"],
-                    cluster_idx=jnp.int32(0),
-                    cluster_dim="part",
-                    optimized=False,
-                )
-
-        def add_others(sums):
-            plgpu.barrier_wait(scratch["parts_full"])
-            for other in range(parts - 1):
-                theirs_smem = [scratch["parts_smem"].at[other, n] for n in range(num_sums)]
-                theirs = [plgpu.load(smem, layout=plgpu.Layout.WGMMA, optimized=False) for smem in theirs_smem]
-                sums = [total + their for total, their in zip(sums, theirs, strict=True)]
-            return sums
-
-        def finish(sums):
-            y_RT = sums[0]
-            if has_norm:
-                *products, squares_RT = sums
-                scale_RT = lax.rsqrt(squares_RT * (1.0 / width) + norm_epsilon)
-                sums = [product * scale_RT for product in products]
-                y_RT = sums[0]
-            if activation is not None:
-                y_RT = activate(sums, activation)
-            if has_bias or has_residual:
-                plgpu.barrier_wait(scratch["addends_full"])
-            if has_bias:
-                y_RT = add_to_rows(y_RT, scratch["bias_smem"])
-            if has_residual:
-                residual_RT = plgpu.load(scratch["residual_smem"].T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
-                y_RT = y_RT + plgpu.layout_cast(residual_RT, plgpu.Layout.WGMMA).astype(jnp.float32)
-            store_transposed(y_RT.astype(out_smem.dtype), out_smem)
-            plgpu.commit_smem()
-            for_my_weight(store)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        def store(n, row):
-            plgpu.copy_smem_to_gmem(out_smem, y_gmems[n].at[_whole(tokens), pl.ds(row, ROWS)])
-
-        @pl.when(lax.axis_index("warpgroup") == 0)
-        def _compute():
-            if has_bias or has_residual:
-                pl.when(part == 0)(lambda: for_my_weight(load_addends))
-            sums = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, tokens))] * pieces)
-            if parts == 1:
-                finish(sums)
-            else:
-                pl.when(part > 0)(lambda: send(sums))
-                pl.when(part == 0)(lambda: finish(add_others(sums)))
-
-    dtype, num_sums = x_TI.dtype, pieces + has_norm
-    scratch: dict[str, Any] = dict(
-        weights_smem=plgpu.SMEM((stages, pieces, ROWS, depth), dtype),
-        tokens_smem=plgpu.SMEM((stages, tokens, depth), dtype),
-        out_smem=plgpu.SMEM((tokens, ROWS), dtype),
-        full=plgpu.Barrier(num_arrivals=num_sums + 1, num_barriers=stages),
-        empty=plgpu.Barrier(num_barriers=stages),
-    )
-    optional: dict[str, jax.Array] = {}
-    if has_norm:
-        optional["norm_weight"] = norm_weight_I
-        scratch["norm_smem"] = plgpu.SMEM((stages, depth), norm_weight_I.dtype)
-        scratch["squares_smem"] = plgpu.SMEM((tokens,), jnp.float32)
-    if has_residual:
-        optional["residual"] = residual_TO
-        scratch["residual_smem"] = plgpu.SMEM((tokens, ROWS), residual_TO.dtype)
-    if has_bias:
+    optional = dict(norm_weight=norm_weight_I, residual=residual_TO)
+    if biases is not None:
         optional |= {f"bias{n}": bias_O for n, bias_O in enumerate(biases)}
-        scratch["bias_smem"] = plgpu.SMEM((ROWS,), biases[0].dtype)
-    if has_bias or has_residual:
-        scratch["addends_full"] = plgpu.Barrier(num_arrivals=has_bias + has_residual)
+    sizes = _Sizes(
+        tokens=tokens,
+        width=width,
+        tiles=tuple(pl.cdiv(weight.shape[-2], ROWS) for weight in weights),
+        pieces=1 if activation is None else weights[0].shape[0],
+        activation=activation,
+        has_norm=norm_weight_I is not None,
+        has_bias=biases is not None,
+        has_residual=residual_TO is not None,
+        **static,
+    )
+    optional = {name: array for name, array in optional.items() if array is not None}
+    results = _launch(x_TI, weights, optional, sizes)
+    return tuple(y_TO[:num_tokens, : weight.shape[-2]] for y_TO, weight in zip(results, weights, strict=True))
+
+
+def _launch(x_TI, weights, optional: dict[str, jax.Array], sizes: _Sizes):
+    arrays = dict(x=x_TI, **optional, **{f"weight{n}": weight for n, weight in enumerate(weights)})
+    outputs = {
+        f"y{n}": jax.ShapeDtypeStruct((x_TI.shape[0], count * ROWS), x_TI.dtype) for n, count in enumerate(sizes.tiles)
+    }
+
+    def kernel(*refs, **scratch):
+        gmem = dict(zip((*arrays, *outputs), refs, strict=True))
+        _Block(sizes, types.SimpleNamespace(**gmem), types.SimpleNamespace(**scratch)).run()
+
     cluster: dict[str, Any] = {}
-    if parts > 1:
-        cluster = dict(cluster=(parts,), cluster_names=("part",))
-        scratch["parts_smem"] = plgpu.SMEM((parts - 1, num_sums, ROWS, tokens), jnp.float32)
-        scratch["parts_full"] = plgpu.Barrier(num_arrivals=(parts - 1) * num_sums)
-    results = plgpu.kernel(
+    if sizes.parts > 1:
+        cluster = dict(cluster=(sizes.parts,), cluster_names=("part",))
+    return plgpu.kernel(
         kernel,
-        out_type=tuple(jax.ShapeDtypeStruct((x_TI.shape[0], count * ROWS), dtype) for count in tiles),
-        grid=(sum(tiles),),
+        out_type=tuple(outputs.values()),
+        grid=(sum(sizes.tiles),),
         grid_names=("tile",),
         num_threads=2,
         thread_name="warpgroup",
         kernel_name="matvec",
-        scratch_types=scratch,
+        scratch_types=_scratch(sizes, x_TI.dtype, optional),
         compiler_params=COMPILER,
         **cluster,
-    )(x_TI, *optional.values(), *weights)
-    return tuple(y_TO[:num_tokens, : weight.shape[-2]] for y_TO, weight in zip(results, weights, strict=True))
+    )(*arrays.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What the kernel is compiled for.
+
+    tokens: of a tile. width: of the input. tiles: of 64 rows, in each weight. pieces: products of a tile, two with a gate.
+    parts: blocks that share a tile's columns. depth: columns of a step. stages: slots of the ring.
+    """
+
+    tokens: int
+    width: int
+    tiles: tuple[int, ...]
+    pieces: int
+    activation: str | None
+    has_norm: bool
+    has_bias: bool
+    has_residual: bool
+    norm_epsilon: float
+    parts: int
+    depth: int
+    stages: int
+
+    @property
+    def steps(self) -> int:
+        """Of a tile."""
+        return pl.cdiv(self.width, self.depth)
+
+    @property
+    def num_sums(self) -> int:
+        """What a block sums up: products, and beside a norm the squares."""
+        return self.pieces + self.has_norm
+
+    @property
+    def num_addends(self) -> int:
+        return self.has_bias + self.has_residual
+
+
+def _scratch(sizes: _Sizes, dtype, optional: dict[str, jax.Array]) -> dict[str, Any]:
+    stages, tokens = sizes.stages, sizes.tokens
+    scratch: dict[str, Any] = dict(
+        weights_smem=plgpu.SMEM((stages, sizes.pieces, ROWS, sizes.depth), dtype),
+        tokens_smem=plgpu.SMEM((stages, tokens, sizes.depth), dtype),
+        out_smem=plgpu.SMEM((tokens, ROWS), dtype),
+        full=plgpu.Barrier(num_arrivals=sizes.num_sums + 1, num_barriers=stages),
+        empty=plgpu.Barrier(num_barriers=stages),
+    )
+    if sizes.has_norm:
+        scratch["norm_smem"] = plgpu.SMEM((stages, sizes.depth), optional["norm_weight"].dtype)
+        scratch["squares_smem"] = plgpu.SMEM((tokens,), jnp.float32)
+    if sizes.has_residual:
+        scratch["residual_smem"] = plgpu.SMEM((tokens, ROWS), optional["residual"].dtype)
+    if sizes.has_bias:
+        scratch["bias_smem"] = plgpu.SMEM((ROWS,), optional["bias0"].dtype)
+    if sizes.num_addends:
+        scratch["addends_full"] = plgpu.Barrier(num_arrivals=sizes.num_addends)
+    if sizes.parts > 1:
+        others = sizes.parts - 1
+        scratch["parts_smem"] = plgpu.SMEM((others, sizes.num_sums, ROWS, tokens), jnp.float32)
+        scratch["parts_full"] = plgpu.Barrier(num_arrivals=others * sizes.num_sums)
+    return scratch
+
+
+class _Block:
+    """One block's part of a tile: a warp that streams weights and tokens, a warpgroup that multiplies and finishes."""
+
+    def __init__(self, sizes: _Sizes, gmem, scratch):
+        self.sizes, self.gmem, self.scratch = sizes, gmem, scratch
+        self.tile = lax.axis_index("tile")
+        self.part = lax.axis_index("part") if sizes.parts > 1 else 0
+        self.first_step = sizes.steps * self.part // sizes.parts
+        self.count = sizes.steps * (self.part + 1) // sizes.parts - self.first_step
+
+    def run(self) -> None:
+        on_producer_warp(lambda: self.for_my_weight(self.stream), warpgroup=1)
+        pl.when(lax.axis_index("warpgroup") == 0)(self.compute)
+
+    def compute(self) -> None:
+        sizes = self.sizes
+        if sizes.num_addends:
+            pl.when(self.part == 0)(lambda: self.for_my_weight(self.load_addends))
+        sums = pl.run_scoped(self.multiply, *[plgpu.ACC((ROWS, sizes.tokens))] * sizes.pieces)
+        if sizes.parts == 1:
+            self.finish(sums)
+        else:
+            pl.when(self.part > 0)(lambda: self.send(sums))
+            pl.when(self.part == 0)(lambda: self.finish(self.add_others(sums)))
+
+    def for_my_weight(self, body) -> None:
+        """Calls `body(n, row)` with the weight that the tile belongs to, and the tile's first row in it."""
+        tile, tiles = self.tile, self.sizes.tiles
+        for n in range(len(tiles)):
+            first = sum(tiles[:n])
+
+            @pl.when((tile >= first) & (tile < first + tiles[n]))
+            def _(n=n, first=first):
+                body(n, (tile - first) * ROWS)
+
+    def stream(self, n: int, row) -> None:
+        sizes, gmem, scratch = self.sizes, self.gmem, self.scratch
+        weight_gmem = getattr(gmem, f"weight{n}")
+
+        def load(j):
+            slot, columns = lax.rem(j, sizes.stages), pl.ds((self.first_step + j) * sizes.depth, sizes.depth)
+            full = scratch.full.at[slot]
+            for piece in range(sizes.pieces):
+                matrix_gmem = weight_gmem if sizes.activation is None else weight_gmem.at[piece]
+                tile_gmem = matrix_gmem.at[pl.ds(row, ROWS), columns]
+                plgpu.copy_gmem_to_smem(tile_gmem, scratch.weights_smem.at[slot, piece], full)
+            tokens_gmem = gmem.x.at[_whole(sizes.tokens), columns]
+            plgpu.copy_gmem_to_smem(tokens_gmem, scratch.tokens_smem.at[slot], full)
+            if sizes.has_norm:
+                plgpu.copy_gmem_to_smem(gmem.norm_weight.at[columns], scratch.norm_smem.at[slot], full)
+
+        fill_ring(self.count, sizes.stages, scratch.empty, load)
+
+    def load_addends(self, n: int, row) -> None:
+        """Starts to load what `finish` adds to the products."""
+        gmem, scratch, rows = self.gmem, self.scratch, pl.ds(row, ROWS)
+        if self.sizes.has_bias:
+            bias_gmem = getattr(gmem, f"bias{n}").at[rows]
+            plgpu.copy_gmem_to_smem(bias_gmem, scratch.bias_smem, scratch.addends_full)
+        if self.sizes.has_residual:
+            residual_gmem = gmem.residual.at[_whole(self.sizes.tokens), rows]
+            plgpu.copy_gmem_to_smem(residual_gmem, scratch.residual_smem, scratch.addends_full)
+
+    # Multiplying this block's columns.
+
+    def multiply(self, *accs):
+        """The products, `[64, T]` each, and with a norm the tokens' squares for every row."""
+        sizes, scratch = self.sizes, self.scratch
+
+        def step(j, squares_CT=None):
+            slot = lax.rem(j, sizes.stages)
+            plgpu.barrier_wait(scratch.full.at[slot])
+            if sizes.has_norm:
+                squares_CT = self.weigh_tokens(slot, squares_CT)
+            for piece, acc in enumerate(accs):
+                plgpu.wgmma(acc, scratch.weights_smem.at[slot, piece], scratch.tokens_smem.at[slot].T)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(scratch.empty.at[slot])
+            return squares_CT
+
+        if not sizes.has_norm:
+            pl.loop(0, self.count)(step)
+            return [acc[...] for acc in accs]
+        zeros_CT = plgpu.layout_cast(jnp.zeros((CHUNK, sizes.tokens), jnp.float32), plgpu.Layout.WGMMA_TRANSPOSED)
+        squares_CT = lax.fori_loop(0, self.count, step, zeros_CT)
+        return [*(acc[...] for acc in accs), self.sum_for_every_row(squares_CT)]
+
+    def weigh_tokens(self, slot, squares_CT):
+        """Multiplies the slot's columns of the tokens by the norm's weight, in place, and adds their squares."""
+        tokens_smem = self.scratch.tokens_smem
+        for chunk in range(self.sizes.depth // CHUNK):
+            columns = pl.ds(chunk * CHUNK, CHUNK)
+            x_smem = tokens_smem.at[slot, :, columns].T
+            x_CT = plgpu.load(x_smem, layout=plgpu.Layout.WGMMA_TRANSPOSED).astype(jnp.float32)
+            norm_smem = self.scratch.norm_smem.at[slot, columns]
+            weight_C = plgpu.load(norm_smem, layout=plgpu.Layout.WGMMA_TRANSPOSED.reduce(1)).astype(jnp.float32)
+            weighted_CT = x_CT * lax.broadcast_in_dim(weight_C, x_CT.shape, (0,))
+            x_smem[...] = weighted_CT.astype(tokens_smem.dtype)
+            squares_CT = squares_CT + x_CT * x_CT
+        plgpu.commit_smem()
+        return squares_CT
+
+    def sum_for_every_row(self, squares_CT):
+        """The sums over columns, as the products are laid out in registers."""
+        squares_smem = self.scratch.squares_smem
+        squares_smem[...] = jnp.sum(squares_CT, axis=0)
+        plgpu.commit_smem()
+        sums_T = plgpu.load(squares_smem, layout=plgpu.Layout.WGMMA.reduce(0))
+        return plgpu.layout_cast(lax.broadcast_in_dim(sums_T, (ROWS, self.sizes.tokens), (1,)), plgpu.Layout.WGMMA)
+
+    # Between the blocks of a cluster.
+
+    def send(self, sums) -> None:
+        """To the first block."""
+        for n, total in enumerate(sums):
+            plgpu.async_store_smem(
+                total,
+                self.scratch.parts_smem.at[self.part - 1, n],
+                self.scratch.parts_full,
+                cluster_idx=jnp.int32(0),
+                cluster_dim="part",
+                optimized=False,
+            )
+
+    def add_others(self, sums):
+        plgpu.barrier_wait(self.scratch.parts_full)
+        for other in range(self.sizes.parts - 1):
+            theirs_smem = [self.scratch.parts_smem.at[other, n] for n in range(self.sizes.num_sums)]
+            theirs = [plgpu.load(smem, layout=plgpu.Layout.WGMMA, optimized=False) for smem in theirs_smem]
+            sums = [total + their for total, their in zip(sums, theirs, strict=True)]
+        return sums
+
+    # From the sums to the result.
+
+    def finish(self, sums) -> None:
+        sizes, out_smem = self.sizes, self.scratch.out_smem
+        products = self.normalised(sums) if sizes.has_norm else sums
+        y_RT = products[0] if sizes.activation is None else activate(products, sizes.activation)
+        if sizes.num_addends:
+            y_RT = self.plus_addends(y_RT)
+        store_transposed(y_RT.astype(out_smem.dtype), out_smem)
+        plgpu.commit_smem()
+        self.for_my_weight(self.store)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def normalised(self, sums):
+        """The products, scaled by the norm of the tokens that went into them."""
+        *products, squares_RT = sums
+        scale_RT = lax.rsqrt(squares_RT * (1.0 / self.sizes.width) + self.sizes.norm_epsilon)
+        return [product * scale_RT for product in products]
+
+    def plus_addends(self, y_RT):
+        plgpu.barrier_wait(self.scratch.addends_full)
+        if self.sizes.has_bias:
+            y_RT = add_to_rows(y_RT, self.scratch.bias_smem)
+        if self.sizes.has_residual:
+            residual_RT = plgpu.load(self.scratch.residual_smem.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
+            y_RT = y_RT + plgpu.layout_cast(residual_RT, plgpu.Layout.WGMMA).astype(jnp.float32)
+        return y_RT
+
+    def store(self, n: int, row) -> None:
+        y_gmem = getattr(self.gmem, f"y{n}").at[_whole(self.sizes.tokens), pl.ds(row, ROWS)]
+        plgpu.copy_smem_to_gmem(self.scratch.out_smem, y_gmem)
 
 
 def _whole(tokens: int):
