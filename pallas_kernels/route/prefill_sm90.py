@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -131,218 +132,276 @@ def _scratch(sizes: _Sizes, rule: RoutingRule) -> dict[str, Any]:
     )
 
 
-def _choose_kernel(
-    logits_gmem, *refs, sizes: _Sizes, rule: RoutingRule, logits_smem, scores_smem, experts_smem, groups_smem,
-    ranks_smem, chosen_smem, until_smem, total_smem, counts_smem, loaded, said,
-):  # fmt: skip
-    bias_gmem = refs[:-4]
-    weights_gmem, experts_gmem, ranks_gmem, counts_gmem = refs[-4:]
+def _choose_kernel(logits_gmem, *refs, sizes: _Sizes, rule: RoutingRule, **scratch):
+    *bias_gmem, weights_gmem, experts_gmem, ranks_gmem, counts_gmem = refs
+    smem = types.SimpleNamespace(**scratch)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    rows, shape = pl.ds(block * BLOCK, BLOCK), (BLOCK, sizes.chunk)
-    group_size = sizes.experts // rule.num_groups
-    first_chunk, chunks = warpgroup * sizes.chunks, range(sizes.chunks)
-    said_before = [0]  # how often the warpgroups have told each other something
+    rows = pl.ds(block * BLOCK, BLOCK)
+    choice = _Choice(sizes, rule, smem, warpgroup, *bias_gmem)
+    choice.load(logits_gmem, rows)
+    choice.score()
+    selection = choice.select()
+    if rule.num_groups > 1:
+        selection = choice.only_best_groups(selection)
+    weights, experts = choice.choose(selection)
+    ranks = _Counts(choice, block, counts_gmem).count(experts)
+    for a, rank in enumerate(ranks):
+        smem.ranks_smem[warpgroup, a] = rank
+    choice.wait_for_all()
 
-    def iota(shape: tuple[int, int], dim: int):
-        return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=WGMMA)
+    @pl.when(warpgroup == 0)
+    def _write():
+        for a, (weight, expert) in enumerate(zip(_normalised(weights, rule), experts, strict=True)):
+            parts = [
+                plgpu.load(smem.ranks_smem.at[w, a], layout=ROWS, optimized=False) for w in range(sizes.warpgroups)
+            ]
+            weights_gmem[rows, a] = weight
+            experts_gmem[rows, a] = expert
+            ranks_gmem[rows, a] = sum(parts).astype(jnp.int32)
 
-    def ids(n: int):
-        return iota(shape, 1) + (first_chunk + n) * sizes.chunk
 
-    def across(vector):
-        return lax.broadcast_in_dim(vector, shape, (0,))
+class _Choice:
+    """How a warpgroup chooses for the tokens of its block, from its share of the experts and what the others tell it.
 
-    def told(values_smem, vector):
-        """Every warpgroup's vector, in their order."""
-        slot = said_before[0] % 2
-        values_smem[slot, warpgroup] = vector
-        return [plgpu.load(values_smem.at[slot, w], layout=ROWS, optimized=False) for w in wait_for_all()]
+    A tile of it, `[64, chunk]`, has tokens in rows and experts in columns; a vector has a number for each token.
+    """
 
-    def wait_for_all():
-        said_before[0] += 1
-        plgpu.barrier_arrive(said)
-        plgpu.barrier_wait(said)
-        return range(sizes.warpgroups)
+    def __init__(self, sizes: _Sizes, rule: RoutingRule, smem, warpgroup, bias_gmem=None):
+        self.sizes, self.rule, self.smem, self.warpgroup, self.bias_gmem = sizes, rule, smem, warpgroup, bias_gmem
+        self.shape = BLOCK, sizes.chunk
+        self.group_size = sizes.experts // rule.num_groups
+        self.first_chunk, self.chunks = warpgroup * sizes.chunks, range(sizes.chunks)
+        self.said_before = 0  # how often the warpgroups have told each other something
 
-    def load() -> None:
-        for n in chunks:
-            columns = pl.ds((first_chunk + n) * sizes.chunk, sizes.chunk)
-            plgpu.copy_gmem_to_smem(logits_gmem.at[rows, columns], logits_smem.at[warpgroup, n], loaded.at[warpgroup])
-        plgpu.barrier_wait(loaded.at[warpgroup])
+    # Logits, scores, and what is chosen by.
 
-    def in_place(change) -> None:
+    def load(self, logits_gmem, rows) -> None:
+        loaded = self.smem.loaded.at[self.warpgroup]
+        for n in self.chunks:
+            window = logits_gmem.at[rows, self.columns(n)]
+            plgpu.copy_gmem_to_smem(window, self.smem.logits_smem.at[self.warpgroup, n], loaded)
+        plgpu.barrier_wait(loaded)
+
+    def score(self) -> None:
+        """Logits become scores."""
+        scores_smem = self.smem.scores_smem
+        if self.rule.score == "sigmoid":
+            self.in_place(lambda n, logits: 1.0 / (1.0 + jnp.exp(-logits)))
+        elif self.rule.score == "softmax":
+            self.in_place(lambda n, logits: jnp.where(self.ids(n) < self.sizes.experts, logits, -jnp.inf))
+            row_max = _row_max(self.tiles())
+            peak = self.across(functools.reduce(jnp.maximum, self.told(scores_smem, row_max)))
+            self.in_place(lambda n, logits: jnp.exp(logits - peak))
+            row_sum = jnp.sum(sum(self.tiles()), axis=1)
+            total = self.across(sum(self.told(scores_smem, row_sum)))
+            self.in_place(lambda n, exps: exps / total)
+
+    def in_place(self, change) -> None:
         """A loop even over few chunks: equal logits become equal scores, whatever the compiler does."""
+        logits_smem, warpgroup = self.smem.logits_smem, self.warpgroup
 
-        @pl.loop(0, sizes.chunks)
+        @pl.loop(0, self.sizes.chunks)
         def _(n):
             logits_smem[warpgroup, n] = change(n, logits_smem[warpgroup, n])
 
-    def tiles():
-        return [logits_smem[warpgroup, n] for n in chunks]
-
-    def row_max(tiles):
-        return jnp.max(functools.reduce(jnp.maximum, tiles), axis=1)
-
-    def score() -> None:
-        """Logits become scores."""
-        if rule.score == "sigmoid":
-            in_place(lambda n, logits: 1.0 / (1.0 + jnp.exp(-logits)))
-        elif rule.score == "softmax":
-            in_place(lambda n, logits: jnp.where(ids(n) < sizes.experts, logits, -jnp.inf))
-            peak = across(functools.reduce(jnp.maximum, told(scores_smem, row_max(tiles()))))
-            in_place(lambda n, logits: jnp.exp(logits - peak))
-            total = across(sum(told(scores_smem, jnp.sum(sum(tiles()), axis=1))))
-            in_place(lambda n, exps: exps / total)
-
-    def select():
+    def select(self):
         """What the choice is made by: scores with their bias. Columns without an expert cannot be chosen."""
+        selection = self.tiles() if self.bias_gmem is None else [self.biased(n) for n in self.chunks]
+        return [jnp.where(self.ids(n) < self.sizes.experts, tile, -jnp.inf) for n, tile in enumerate(selection)]
 
-        def biased(n: int):
-            columns = pl.ds((first_chunk + n) * sizes.chunk, sizes.chunk)
-            bias = plgpu.load(bias_gmem[0].at[columns], layout=COLUMNS, optimized=False)
-            return logits_smem[warpgroup, n] + lax.broadcast_in_dim(bias, shape, (1,))
+    def biased(self, n: int):
+        bias = plgpu.load(self.bias_gmem.at[self.columns(n)], layout=COLUMNS, optimized=False)
+        return self.smem.logits_smem[self.warpgroup, n] + lax.broadcast_in_dim(bias, self.shape, (1,))
 
-        selection = [biased(n) for n in chunks] if bias_gmem else tiles()
-        return [jnp.where(ids(n) < sizes.experts, tile, -jnp.inf) for n, tile in enumerate(selection)]
+    # Groups of experts.
 
-    def chunks_of(group: int):
-        """Of a group of this warpgroup's, counted from 0."""
-        return range(group * group_size // sizes.chunk, pl.cdiv((group + 1) * group_size, sizes.chunk))
-
-    def group_score(selection, first_group, group: int):
-        best = plgpu.layout_cast(jnp.full(shape, -jnp.inf), WGMMA)
-        second = best
-        for n in chunks_of(group):
-            values = jnp.where(ids(n) // group_size == first_group + group, selection[n], -jnp.inf)
-            second = jnp.maximum(second, jnp.minimum(best, values))
-            best = jnp.maximum(best, values)
-        largest = jnp.max(best, axis=1)
-        if rule.group_score == "max":
-            return largest
-        place = jnp.min(jnp.where(best == across(largest), iota(shape, 1), NOTHING), axis=1)
-        return largest + jnp.max(jnp.where(iota(shape, 1) == across(place), second, best), axis=1)
-
-    def only_best_groups(selection):
-        own_groups = rule.num_groups // sizes.warpgroups
-        first_group = warpgroup * own_groups
+    def only_best_groups(self, selection):
+        """Leaves only experts of the best groups to choose from: of equal groups, the first ones."""
+        groups_smem, own_groups = self.smem.groups_smem, self.rule.num_groups // self.sizes.warpgroups
+        first_group = self.warpgroup * own_groups
         for group in range(own_groups):
-            groups_smem[first_group + group] = group_score(selection, first_group, group)
-        wait_for_all()
-        scores = [plgpu.load(groups_smem.at[g], layout=ROWS, optimized=False) for g in range(rule.num_groups)]
+            groups_smem[first_group + group] = self.group_score(selection, first_group, group)
+        self.wait_for_all()
+        scores = [plgpu.load(groups_smem.at[g], layout=ROWS, optimized=False) for g in range(self.rule.num_groups)]
         kept = list(selection)
         for group in range(own_groups):
             mine = plgpu.load(groups_smem.at[first_group + group], layout=ROWS, optimized=False)
-            num_better = across(
+            num_better = self.across(
                 sum(
                     jnp.where((other > mine) | ((other == mine) & (g < first_group + group)), 1.0, 0.0)
                     for g, other in enumerate(scores)
                 )
             )
-            for n in chunks_of(group):
-                is_out = (ids(n) // group_size == first_group + group) & (num_better >= rule.top_groups)
+            for n in self.chunks_of(group):
+                is_out = (self.groups_of(n) == first_group + group) & (num_better >= self.rule.top_groups)
                 kept[n] = jnp.where(is_out, -jnp.inf, kept[n])
         return kept
 
-    def next_best(selection):
+    def group_score(self, selection, first_group, group: int):
+        """The largest score in a group, or the sum of the largest two."""
+        best = plgpu.layout_cast(jnp.full(self.shape, -jnp.inf), WGMMA)
+        second = best
+        for n in self.chunks_of(group):
+            values = jnp.where(self.groups_of(n) == first_group + group, selection[n], -jnp.inf)
+            second = jnp.maximum(second, jnp.minimum(best, values))
+            best = jnp.maximum(best, values)
+        largest = jnp.max(best, axis=1)
+        if self.rule.group_score == "max":
+            return largest
+        columns = functools.partial(_iota, self.shape, 1)
+        place = jnp.min(jnp.where(best == self.across(largest), columns(), NOTHING), axis=1)
+        return largest + jnp.max(jnp.where(columns() == self.across(place), second, best), axis=1)
+
+    def chunks_of(self, group: int) -> range:
+        """Of a group of this warpgroup's, counted from 0."""
+        begin, end = group * self.group_size, (group + 1) * self.group_size
+        return range(begin // self.sizes.chunk, pl.cdiv(end, self.sizes.chunk))
+
+    def groups_of(self, n: int):
+        return self.ids(n) // self.group_size
+
+    # Choosing.
+
+    def choose(self, selection):
+        """Weights and experts of each choice, as vectors."""
+        weights, experts = [], []
+        for _ in range(self.rule.top_k):
+            best, expert = self.next_best(selection)
+            selection = [
+                jnp.where(self.ids(n) == self.across(expert), -jnp.inf, tile) for n, tile in enumerate(selection)
+            ]
+            weights.append(best if self.bias_gmem is None else self.score_of(expert))
+            experts.append(expert)
+        return weights, experts
+
+    def next_best(self, selection):
         """The largest score of all warpgroups, and its expert: the lowest among equals."""
-        largest = row_max(selection)
-        places = [jnp.where(tile == across(largest), ids(n), NOTHING) for n, tile in enumerate(selection)]
+        largest = _row_max(selection)
+        places = [jnp.where(tile == self.across(largest), self.ids(n), NOTHING) for n, tile in enumerate(selection)]
         expert = jnp.min(functools.reduce(jnp.minimum, places), axis=1)
-        slot = said_before[0] % 2
-        experts_smem[slot, warpgroup] = expert
-        all_scores = told(scores_smem, largest)
+        slot, experts_smem = self.said_before % 2, self.smem.experts_smem
+        experts_smem[slot, self.warpgroup] = expert
+        all_scores = self.told(self.smem.scores_smem, largest)
         best, chosen = all_scores[0], plgpu.load(experts_smem.at[slot, 0], layout=ROWS, optimized=False)
-        for w in range(1, sizes.warpgroups):
+        for w in range(1, self.sizes.warpgroups):
             other = plgpu.load(experts_smem.at[slot, w], layout=ROWS, optimized=False)
             chosen = jnp.where(all_scores[w] > best, other, chosen)
             best = jnp.maximum(best, all_scores[w])
         return best, chosen
 
-    def score_of(expert):
-        found = sum(jnp.where(ids(n) == across(expert), logits_smem[warpgroup, n], 0.0) for n in chunks)
-        return sum(told(scores_smem, jnp.sum(found, axis=1)))
+    def score_of(self, expert):
+        """Without the bias."""
+        logits_smem, warpgroup = self.smem.logits_smem, self.warpgroup
+        found = sum(jnp.where(self.ids(n) == self.across(expert), logits_smem[warpgroup, n], 0.0) for n in self.chunks)
+        return sum(self.told(self.smem.scores_smem, jnp.sum(found, axis=1)))
 
-    def choose(selection):
-        weights, experts = [], []
-        for _ in range(rule.top_k):
-            best, expert = next_best(selection)
-            selection = [jnp.where(ids(n) == across(expert), -jnp.inf, tile) for n, tile in enumerate(selection)]
-            weights.append(score_of(expert) if bias_gmem else best)
-            experts.append(expert)
-        return weights, experts
+    # Between warpgroups.
 
-    def normalise(weights):
-        if rule.score == "topk_softmax":
-            exps = [jnp.exp(weight - weights[0]) for weight in weights]
-            weights = [value / sum(exps) for value in exps]
-        if rule.renormalize:
-            total = sum(weights) + rule.epsilon
-            weights = [weight / total for weight in weights]
-        return [weight * rule.scale for weight in weights]
+    def told(self, values_smem, vector):
+        """Every warpgroup's vector, in their order."""
+        slot = self.said_before % 2
+        values_smem[slot, self.warpgroup] = vector
+        self.wait_for_all()
+        warpgroups = range(self.sizes.warpgroups)
+        return [plgpu.load(values_smem.at[slot, w], layout=ROWS, optimized=False) for w in warpgroups]
 
-    def count(experts):
-        """Counts the tokens of this warpgroup's experts, and for choices of them the earlier tokens of the same expert."""
-        shape, mine = (BLOCK, COUNTED), chosen_smem.at[warpgroup]
-        square = (BLOCK, BLOCK)
-        is_until = iota(square, 1) <= iota(square, 0)
-        until_smem[warpgroup] = jnp.where(is_until, 1.0, 0.0).astype(jnp.bfloat16)
-        is_token = block * BLOCK + iota(shape, 0) < sizes.tokens
+    def wait_for_all(self) -> None:
+        self.said_before += 1
+        plgpu.barrier_arrive(self.smem.said)
+        plgpu.barrier_wait(self.smem.said)
+
+    # Tiles.
+
+    def tiles(self):
+        return [self.smem.logits_smem[self.warpgroup, n] for n in self.chunks]
+
+    def columns(self, n: int):
+        return pl.ds((self.first_chunk + n) * self.sizes.chunk, self.sizes.chunk)
+
+    def ids(self, n: int):
+        return _iota(self.shape, 1) + (self.first_chunk + n) * self.sizes.chunk
+
+    def across(self, vector):
+        return lax.broadcast_in_dim(vector, self.shape, (0,))
+
+
+class _Counts:
+    """The tokens of a warpgroup's experts in its block, counted 16 experts at a time."""
+
+    def __init__(self, choice: _Choice, block, counts_gmem):
+        self.sizes, self.smem, self.warpgroup = choice.sizes, choice.smem, choice.warpgroup
+        self.first_chunk, self.block, self.counts_gmem = choice.first_chunk, block, counts_gmem
+
+    def count(self, experts):
+        """Writes how many tokens chose each expert. Returns, for choices of them, the earlier tokens of the same expert."""
+        square, shape = (BLOCK, BLOCK), (BLOCK, COUNTED)
+        is_until = _iota(square, 1) <= _iota(square, 0)
+        self.smem.until_smem[self.warpgroup] = jnp.where(is_until, 1.0, 0.0).astype(jnp.bfloat16)
+        is_token = self.block * BLOCK + _iota(shape, 0) < self.sizes.tokens
 
         def add(turn, ranks):
-            first = first_chunk * sizes.chunk + turn * COUNTED
-            is_of = [lax.broadcast_in_dim(expert, shape, (0,)) == iota(shape, 1) + first for expert in experts]
-            chosen = jnp.where(functools.reduce(jnp.logical_or, is_of) & is_token, 1.0, 0.0)
-            mine[...] = chosen.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-
-            def multiply(acc):
-                plgpu.wgmma(acc, until_smem.at[warpgroup], mine)
-                return acc[...]
-
-            num_until = pl.run_scoped(multiply, plgpu.ACC(shape))
+            first = self.first_chunk * self.sizes.chunk + turn * COUNTED
+            is_of = [lax.broadcast_in_dim(expert, shape, (0,)) == _iota(shape, 1) + first for expert in experts]
+            num_until = self.num_until(functools.reduce(jnp.logical_or, is_of) & is_token)
             # The last row counts them all. A sum over rows would go through scratch memory that warpgroups share.
-            total_smem[warpgroup] = num_until
-            total = plgpu.load(total_smem.at[warpgroup, BLOCK - 1], layout=COLUMNS, optimized=False)
-            write_counts(first, total.astype(jnp.int32))
+            self.smem.total_smem[self.warpgroup] = num_until
+            last_smem = self.smem.total_smem.at[self.warpgroup, BLOCK - 1]
+            total = plgpu.load(last_smem, layout=COLUMNS, optimized=False)
+            self.write(first, total.astype(jnp.int32))
             return tuple(
                 before + jnp.sum(jnp.where(is_here, num_until - 1.0, 0.0), axis=1)
                 for before, is_here in zip(ranks, is_of, strict=True)
             )
 
         zeros = plgpu.layout_cast(jnp.zeros((BLOCK,), jnp.float32), ROWS)
-        return lax.fori_loop(0, pl.cdiv(sizes.chunks * sizes.chunk, COUNTED), add, (zeros,) * len(experts))
+        turns = pl.cdiv(self.sizes.chunks * self.sizes.chunk, COUNTED)
+        return lax.fori_loop(0, turns, add, (zeros,) * len(experts))
 
-    def write_counts(first, counts) -> None:
-        if sizes.experts % COUNTED == 0:
+    def num_until(self, is_chosen):
+        """`[64, 16]`: up to each token, how many chose the expert."""
+        chosen_smem = self.smem.chosen_smem.at[self.warpgroup]
+        chosen_smem[...] = jnp.where(is_chosen, 1.0, 0.0).astype(jnp.bfloat16)
+        plgpu.commit_smem()
 
-            @pl.when(first < sizes.experts)
+        def multiply(acc):
+            plgpu.wgmma(acc, self.smem.until_smem.at[self.warpgroup], chosen_smem)
+            return acc[...]
+
+        return pl.run_scoped(multiply, plgpu.ACC((BLOCK, COUNTED)))
+
+    def write(self, first, counts) -> None:
+        counts_gmem, block, num_experts = self.counts_gmem, self.block, self.sizes.experts
+        if num_experts % COUNTED == 0:
+
+            @pl.when(first < num_experts)
             def _():
                 counts_gmem[block, pl.ds(first, COUNTED)] = counts
 
             return
+        counts_smem, warpgroup = self.smem.counts_smem, self.warpgroup
         counts_smem[warpgroup] = counts
 
-        @pl.loop(0, lax.clamp(0, sizes.experts - first, COUNTED))
+        @pl.loop(0, lax.clamp(0, num_experts - first, COUNTED))
         def _(place):
             counts_gmem[block, first + place] = counts_smem[warpgroup, place]
 
-    load()
-    score()
-    selection = select()
-    if rule.num_groups > 1:
-        selection = only_best_groups(selection)
-    weights, experts = choose(selection)
-    for a, rank in enumerate(count(experts)):
-        ranks_smem[warpgroup, a] = rank
-    wait_for_all()
 
-    @pl.when(warpgroup == 0)
-    def _():
-        for a, (weight, expert) in enumerate(zip(normalise(weights), experts, strict=True)):
-            parts = [plgpu.load(ranks_smem.at[w, a], layout=ROWS, optimized=False) for w in range(sizes.warpgroups)]
-            weights_gmem[rows, a] = weight
-            experts_gmem[rows, a] = expert
-            ranks_gmem[rows, a] = sum(parts).astype(jnp.int32)
+def _normalised(weights, rule: RoutingRule):
+    if rule.score == "topk_softmax":
+        exps = [jnp.exp(weight - weights[0]) for weight in weights]
+        weights = [value / sum(exps) for value in exps]
+    if rule.renormalize:
+        total = sum(weights) + rule.epsilon
+        weights = [weight / total for weight in weights]
+    return [weight * rule.scale for weight in weights]
+
+
+def _row_max(tiles):
+    return jnp.max(functools.reduce(jnp.maximum, tiles), axis=1)
+
+
+def _iota(shape: tuple[int, int], dim: int):
+    return plgpu.broadcasted_iota(jnp.int32, shape, dim, layout=WGMMA)
 
 
 def _supports(device: Device, x_TD, gate_ED, *, rule: RoutingRule, **arguments):
