@@ -27,6 +27,9 @@ import jax.numpy as jnp
 from rich.progress import Progress
 
 from pallas_kernels import aot, dispatch, processes, timing, tuning
+from pallas_kernels.decode_attention import api as attention_api
+from pallas_kernels.decode_attention import cases as attention_cases
+from pallas_kernels.decode_attention import mosaic_sm90 as attention_kernel
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.experts import api as experts_api
 from pallas_kernels.experts import cases as experts_cases
@@ -43,7 +46,7 @@ Settings = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """`shape_key(*operands)`: the name that tables have for a shape. `read_bytes(case)`: what a call reads, at most."""
+    """`shape_key(*operands, **named)`: the name that tables have for a shape; `read_bytes(case)`: what is read, at most."""
 
     api: ModuleType
     cases: ModuleType
@@ -52,16 +55,24 @@ class Op:
 
 
 OPS = {
+    "decode_attention": Op(
+        attention_api,
+        attention_cases,
+        lambda q_BQ, k_BX, v_BX, cos_BR, sin_BR, k_BKSH, v_BKSH, positions_B, **named: attention_kernel.shape_key(
+            q_BQ, k_BKSH, q_norm_weight=named.get("q_norm_weight"), window=named.get("window")
+        ),
+        lambda case: case.cache_bytes,
+    ),
     "experts": Op(
         experts_api,
         experts_cases,
-        lambda x_TD, routing, up_EGFD, down_EDF: experts_decode.shape_key(routing, up_EGFD),
+        lambda x_TD, routing, up_EGFD, down_EDF, **named: experts_decode.shape_key(routing, up_EGFD),
         lambda case: case.read_bytes,
     ),
     "matvec": Op(
         matvec_api,
         matvec_cases,
-        lambda x_TI, weights: matvec_kernel.shape_key(weights),
+        lambda x_TI, weights, **named: matvec_kernel.shape_key(weights),
         lambda case: case.projection.weight_bytes,
     ),
 }
@@ -97,7 +108,7 @@ def points(ops: list[str], shapes: list[str], tokens: list[int]) -> list[Point]:
             operands, named = aot.shapes_of(functools.partial(op.cases.arguments, case))
             chosen = dispatch.choose(name, op.api._implementations(), *operands, **named)
             if chosen.candidates is not None:
-                found.append(Point(name, chosen.name, case, op.shape_key(*operands)))
+                found.append(Point(name, chosen.name, case, op.shape_key(*operands, **named)))
     return found
 
 

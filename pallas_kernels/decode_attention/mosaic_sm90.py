@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts.streaming_sm90 import COMPILER, fill_ring, on_producer_warp
 
 NAME = "mosaic_sm90"
@@ -34,6 +34,7 @@ WIDTHS = (32, 64, 96, 128, 192, 256)
 MOST_WORKERS = 4
 MOST_SPLITS = 8  # the largest portable cluster
 LEAST_TILES = 4  # of a block that has only a part of the positions
+LEAST_STAGES = 2  # with one, no tile is on its way while another is read
 SHARED_MEMORY_BYTES = 227 << 10
 NOTHING = -1e30  # the maximum of no scores
 LOG2_E = 1.4426950408889634
@@ -62,12 +63,12 @@ def decode_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     device = dispatch.current_device()
     if settings is None:
+        key = shape_key(q_BQ, k_BKSH, q_norm_weight=q_norm_weight, window=window)
+        # As many blocks as are good for 8 requests may be too many for 16.
+        settings = tuning.lookup(f"decode_attention.{NAME}", key, len(q_BQ), tile=int.bit_length)
+    if settings is None:
         settings = default_settings(
-            q_BQ,
-            k_BKSH,
-            window=window,
-            norms_whole=q_norm_weight is not None and q_norm_weight.size > k_BKSH.shape[3],
-            num_sms=device.num_sms,
+            q_BQ, k_BKSH, window=window, norms_whole=_norms_whole(q_norm_weight, k_BKSH), num_sms=device.num_sms
         )
     # Always the same worker waits for a slot: each counts the slot's phases by its own waits.
     assert settings["stages"] % settings["workers"] == 0, settings
@@ -600,16 +601,37 @@ def _merged(parts):
 
 
 def default_settings(q_BQ, k_BKSH, *, window: int | None, norms_whole: bool, num_sms: int) -> dict[str, int]:
-    """Two small blocks on a multiprocessor if there is work for them, so that clusters always find room; else one large one."""
-    batch, kv_heads, capacity, width = k_BKSH.shape
-    rows = POSITIONS * _pack(width)
-    tiles = pl.cdiv(capacity if window is None else min(capacity, window + rows), rows)
-    heads, splits = batch * kv_heads, 1
-    while 2 * splits <= MOST_SPLITS and 2 * splits * heads <= 2 * num_sms and 2 * splits * LEAST_TILES <= tiles:
+    """Blocks enough for two on a multiprocessor, as far as each keeps a ring of two tiles or more beside partial results.
+
+    On an H200, qwen3's 8 x 4095 positions took 28.7 us with four blocks for a head, 36.3 with eight that had room for one tile.
+    """
+    heads, tiles = k_BKSH.shape[0] * k_BKSH.shape[1], _most_tiles(k_BKSH, window)
+
+    def settings(splits: int) -> dict[str, int]:
+        resident = 2 if heads * splits > num_sms else 1
+        workers = MOST_WORKERS // resident
+        return _settings(
+            q_BQ, k_BKSH, tiles, norms_whole=norms_whole, splits=splits, resident=resident, most_workers=workers
+        )
+
+    splits = 1
+    while (
+        2 * splits <= MOST_SPLITS
+        and 2 * splits * heads <= 2 * num_sms
+        and 2 * splits * LEAST_TILES <= tiles
+        and settings(2 * splits)["stages"] >= LEAST_STAGES
+    ):
         splits *= 2
-    resident = 2 if heads * splits > num_sms else 1
+    return settings(splits)
+
+
+def _settings(
+    q_BQ, k_BKSH, tiles: int, *, norms_whole: bool, splits: int, resident: int, most_workers: int
+) -> dict[str, int]:
+    """With a ring that fills a block's share of shared memory, if there is use for it."""
+    kv_heads, width = k_BKSH.shape[1], k_BKSH.shape[3]
     my_tiles = pl.cdiv(tiles, splits)
-    workers = min(MOST_WORKERS // resident, my_tiles)
+    workers = min(most_workers, my_tiles)
     queries, packed = pl.cdiv(q_BQ.shape[1], kv_heads * width * 8) * 8, _pack(width) * width
     parts_bytes = (workers + splits - 2) * (packed + 2 * POSITIONS) * queries * 4
     rows_bytes = queries * (8 * packed + 6 * workers * POSITIONS * _pack(width)) + 16 * width
@@ -618,6 +640,43 @@ def default_settings(q_BQ, k_BKSH, *, window: int | None, norms_whole: bool, num
     stages = max(1, min(my_tiles, share_bytes // (4 * POSITIONS * packed)))
     workers = min(workers, stages)
     return dict(splits=splits, workers=workers, stages=stages // workers * workers)
+
+
+def candidates(q_BQ, k_BX, v_BX, cos_BR, sin_BR, k_BKSH, v_BKSH, positions_B, **arguments) -> list[dict[str, int]]:
+    """Settings worth trying, the default first: from one wave of large blocks to several small ones on a multiprocessor."""
+    window = arguments.get("window")
+    norms_whole = _norms_whole(arguments.get("q_norm_weight"), k_BKSH)
+    num_sms, tiles = dispatch.current_device().num_sms, _most_tiles(k_BKSH, window)
+    default = default_settings(q_BQ, k_BKSH, window=window, norms_whole=norms_whole, num_sms=num_sms)
+    offered = [
+        _settings(
+            q_BQ, k_BKSH, tiles, norms_whole=norms_whole, splits=splits, resident=resident, most_workers=most_workers
+        )
+        for splits in range(1, min(MOST_SPLITS, tiles) + 1)
+        for resident, most_workers in ((1, 4), (1, 2), (2, 2), (2, 1), (3, 1))
+    ]
+    useful = [each for each in offered if each["stages"] >= LEAST_STAGES]
+    return [default, *(each for each in useful if each != default)]
+
+
+def shape_key(q_BQ, k_BKSH, *, q_norm_weight=None, window: int | None = None) -> str:
+    """Heads, and the capacity of the cache rounded down to a power of two: "N32 K4 H128 S4096 norm"."""
+    _, kv_heads, capacity, width = k_BKSH.shape
+    norm = "" if q_norm_weight is None else " whole norm" if _norms_whole(q_norm_weight, k_BKSH) else " norm"
+    seen = "" if window is None else f" W{window}"
+    power = 1 << (capacity.bit_length() - 1)
+    return f"N{q_BQ.shape[1] // width} K{kv_heads} H{width} S{power}{seen}{norm}"
+
+
+def _norms_whole(q_norm_weight, k_BKSH) -> bool:
+    """Whether a norm is over the whole projection, not over each head."""
+    return q_norm_weight is not None and q_norm_weight.size > k_BKSH.shape[3]
+
+
+def _most_tiles(k_BKSH, window: int | None) -> int:
+    """Tiles of a head's positions that a step reads, at most."""
+    capacity, rows = k_BKSH.shape[2], POSITIONS * _pack(k_BKSH.shape[3])
+    return pl.cdiv(capacity if window is None else min(capacity, window + rows), rows)
 
 
 def _supports(
@@ -640,4 +699,4 @@ def _supports(
     return None
 
 
-IMPLEMENTATION = dispatch.Implementation(NAME, supports=_supports, run=decode_attention)
+IMPLEMENTATION = dispatch.Implementation(NAME, supports=_supports, run=decode_attention, candidates=candidates)

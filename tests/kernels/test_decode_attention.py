@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import aot, decode_attention
+from pallas_kernels import aot, decode_attention, dispatch, tuning
 from pallas_kernels.decode_attention import cases
 from pallas_kernels.decode_attention import mosaic_sm90 as kernel
 from pallas_kernels.dispatch import Device
@@ -93,13 +94,35 @@ def test_kernel_gives_its_reason(reason: str, case: cases.Case) -> None:
 @pytest.mark.parametrize("num_sms", [1, 132])
 @pytest.mark.parametrize("case", cases.REAL, ids=lambda case: case.name)
 def test_default_settings_are_possible(case: cases.Case, num_sms: int) -> None:
-    operands, _ = aot.shapes_of(functools.partial(cases.arguments, case))
-    settings = kernel.default_settings(
+    operands, named = aot.shapes_of(functools.partial(cases.arguments, case))
+    default = kernel.default_settings(
         operands[0], operands[5], window=case.window, norms_whole=case.heads.norm == "projection", num_sms=num_sms
     )
-    assert settings["workers"] >= 1
-    assert settings["stages"] >= 1 and settings["stages"] % settings["workers"] == 0
-    assert settings["splits"] == 1 or settings["splits"] * case.tokens * case.heads.kv <= 2 * num_sms
+    assert default["splits"] == 1 or default["splits"] * case.tokens * case.heads.kv <= 2 * num_sms
+    assert default["stages"] >= 2 or case.positions < kernel.POSITIONS  # one tile of positions needs no second slot
+    with dispatch.compiling_for(dataclasses.replace(H200, num_sms=num_sms)):
+        offered = kernel.candidates(*operands, **named)
+    assert offered[0] == default
+    assert default not in offered[1:]
+    for settings in offered:
+        assert settings["workers"] >= 1
+        assert settings["stages"] >= 1 and settings["stages"] % settings["workers"] == 0
+
+
+def test_tuned_settings_are_those_of_like_calls(monkeypatch) -> None:
+    """Of as many requests to a power of two, of the same heads and norm, of caches of 4096 up to 8191 positions."""
+    key, tuned = "N32 K4 H128 S4096 norm", dict(splits=3, workers=2, stages=4)
+    monkeypatch.setattr(tuning, "_table", lambda path: {f"decode_attention.{kernel.NAME}": {key: {8: tuned}}})
+    run = []
+    monkeypatch.setattr(kernel, "_decode_attention", lambda *arrays, splits, **static: run.append(splits))
+    for tokens, capacity, heads in (
+        (8, 4096, cases.QWEN3), (15, 8128, cases.QWEN3), (16, 4096, cases.QWEN3), (8, 2048, cases.QWEN3),
+        (8, 4096, cases.Heads(32, 4, 128)),
+    ):  # fmt: skip
+        operands, named = aot.shapes_of(functools.partial(cases.arguments, cases.Case("", tokens, heads, capacity, 9)))
+        with dispatch.compiling_for(H200):
+            kernel.decode_attention(*operands, **named)
+    assert [splits == 3 for splits in run] == [True, True, False, False, False]
 
 
 # Every layout of heads, with one block for each and with clusters.
