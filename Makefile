@@ -37,11 +37,11 @@ test-gpu: $(dev) $(cuda)
 
 bench: $(dev) $(cuda)
 	$(PYTHON) scripts/benchmark_kernels.py
-	$(PYTHON) scripts/plot_kernels.py docs/benchmarks/h200/kernels.jsonl
+	$(PYTHON) scripts/plot_kernels.py
 	$(PYTHON) scripts/benchmark_generate.py
 	$(PYTHON) scripts/experts_sweep.py
 	for batch in 1 8; do $(PYTHON) scripts/profile_step.py --batch $$batch; done
-	$(PYTHON) scripts/plot_generate.py docs/benchmarks/h200
+	$(PYTHON) scripts/plot_generate.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

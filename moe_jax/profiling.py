@@ -256,15 +256,18 @@ def sizes_of(hf_config: Mapping[str, Any], *, dtype: str = "bfloat16") -> Sizes:
 
 
 def decode_floor_ms(sizes: Sizes, *, batch: int, active_experts: float, positions: float) -> float:
-    """What a decode step cannot be faster than: its bytes at 4.6 TB/s. `active_experts` is the mean of a layer."""
+    """What a decode step cannot be faster than: its bytes at the speed of the device's memory (`timing.CEILINGS`).
+
+    `active_experts` is the mean of a layer.
+    """
     read = sizes.rest + batch * positions * sizes.cache_per_position
     if sizes.num_experts:
         read += sizes.experts * active_experts / sizes.num_experts
-    return 1e3 * read / timing.READ_BYTES_PER_S
+    return 1e3 * read / timing.ceilings().read_bytes_per_s
 
 
 def prefill_floor_ms(hf_config: Mapping[str, Any], sizes: Sizes, *, batch: int, length: int) -> float:
-    """What reading prompts cannot be faster than: the FLOPs at 808 TFLOP/s or the bytes of all weights at 4.6 TB/s.
+    """What reading prompts cannot be faster than: the FLOPs, or the bytes of all weights, at `timing.CEILINGS`.
 
     bfloat16: two bytes and two FLOPs for each weight and token. The head multiplies each prompt's last token only,
     attention half of its square.
@@ -275,7 +278,8 @@ def prefill_floor_ms(hf_config: Mapping[str, Any], sizes: Sizes, *, batch: int, 
     head_width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     attention = 2 * length * config.num_hidden_layers * config.num_attention_heads * head_width  # causal
     flops = batch * (length * (used + attention) + head)
-    return 1e3 * max(flops / timing.BF16_FLOPS_PER_S, (sizes.rest + sizes.experts) / timing.READ_BYTES_PER_S)
+    best = timing.ceilings()
+    return 1e3 * max(flops / best.bf16_flops_per_s, (sizes.rest + sizes.experts) / best.read_bytes_per_s)
 
 
 OTHER = "other"

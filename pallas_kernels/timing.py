@@ -9,6 +9,7 @@ import datetime
 import fcntl
 import json
 import pathlib
+import re
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,40 @@ from typing import Any
 import jax
 import numpy as np
 
-READ_BYTES_PER_S = 4.6e12  # measured on an H200: the sum of 4 GB
-BF16_FLOPS_PER_S = 808e12  # measured on an H200: a product of 8192-cubed random matrices
-L2_BYTES = 60 << 20
+RESULTS = pathlib.Path("docs/benchmarks")
+L2_BYTES = 60 << 20  # the largest of these GPUs'
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """What a GPU can do at best in a second: bytes that it reads, and bfloat16 operations."""
+
+    read_bytes_per_s: float
+    bf16_flops_per_s: float
+
+    def __str__(self) -> str:
+        return f"{self.read_bytes_per_s / 1e12:.3g} TB/s and {self.bf16_flops_per_s / 1e12:.0f} TFLOP/s"
+
+
+# H200: measured, the sum of 4 GB and a product of 8192-cubed random matrices. H100: assumed, the same share of the data
+# sheet's 3.35 TB/s, and the same matrix units.
+CEILINGS = {"H200": Ceilings(4.6e12, 808e12), "H100": Ceilings(3.2e12, 808e12)}
+
+
+def ceilings(device_kind: str | None = None) -> Ceilings:
+    """Those of a GPU by its name, or of the one at hand; of an H200 where they are not known."""
+    model = _model_of(device_kind or jax.devices()[0].device_kind)
+    return CEILINGS["H200" if model is None else model]
+
+
+def results_path(name: str) -> pathlib.Path:
+    """Where measurements of the device at hand go: on an H200, docs/benchmarks/h200/<name>."""
+    kind = jax.devices()[0].device_kind
+    return RESULTS / re.sub(r"[^a-z0-9]+", "_", (_model_of(kind) or kind).lower()) / name
+
+
+def _model_of(device_kind: str) -> str | None:
+    return next((model for model in CEILINGS if model in device_kind), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@
     python scripts/benchmark_generate.py --config tiny.json --dtype float32 --batches 1 2 --prompt 8 --new-tokens 8
 
 Greedy, prompts of random ids. The time per token is (t(new tokens) - t(32)) / (new tokens - 32) of whole generations, so
-that prefill and the call's own cost cancel. The floor is the time to read, at 4.6 TB/s, the weights of attention, of
+that prefill and the call's own cost cancel. The floor is the time to read, at `timing.CEILINGS`, the weights of attention, of
 routers, of the head and of the experts that were active, which a second program counts at every step and layer, and
 the cache. `--baseline hf` runs transformers on the same weights in the same process, and says where its greedy tokens
 part from ours and how near its two logits are there. Appends a JSON line for each point to --output as it comes, the
@@ -488,7 +488,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure what has its line too")
     parser.add_argument("--seconds", type=float, default=900.0, help="end after this long, whatever is left")
     parser.add_argument("--processes", type=int, default=max(2, (os.cpu_count() or 2) - 3), help="that compile at once")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/generate.jsonl"))
+    parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/generate.jsonl by default")
     return parser.parse_args(arguments)
 
 
@@ -516,6 +516,7 @@ def main() -> int:
     flags = parsed()
     deadline_s = time.monotonic() + flags.seconds
     prepare()
+    flags.output = flags.output or timing.results_path("generate.jsonl")
     paths = [flags.config] if flags.config else [CONFIGS / f"{name}.json" for name in flags.models]
     configs = {path.stem: json.loads(path.read_text()) for path in paths}
     points = in_order([point for name, config in configs.items() for point in points_of(name, config, flags)], configs)

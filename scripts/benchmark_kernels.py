@@ -5,10 +5,11 @@
 Random weights and tokens, hence nearly uniform routing; inputs rotate beyond the L2 cache; results are checked against
 the plain-JAX definition in the same run. Times are sums of the kernels' device times: gaps between launches, about a
 microsecond each in a CUDA graph, are not in them. The floor is the time to read the experts that were active and the
-gate at 4.6 TB/s, or that of the FLOPs at 808 TFLOP/s, whichever is longer. Appends one JSON line for each point to
---output as it comes, the most telling points first and other implementations last; scripts/plot_kernels.py makes a
-table and a picture of them. What this device has a line for is left out, so that a run can be stopped and taken up
-again; --again measures it anew. Each point has a process of its own, which compiles while another measures.
+gate, or that of the FLOPs, whichever is longer, at what the GPU can do at best (`timing.CEILINGS`). Appends one JSON
+line for each point to --output as it comes, the most telling points first and other implementations last;
+scripts/plot_kernels.py makes a table and a picture of them. What this device has a line for is left out, so that a run
+can be stopped and taken up again; --again measures it anew. Each point has a process of its own, which compiles while
+another measures.
 """
 
 from __future__ import annotations
@@ -116,9 +117,10 @@ def make_weights(layer: Layer, router: Router, seed: jax.Array) -> Weights:
 def floor_us(layer: Layer, tokens: int, active_experts: float) -> float:
     """What no kernel can beat: the bytes of the active experts and the gate, or the FLOPs of the chosen rows."""
     gate_bytes = 2 * layer.num_experts * layer.model_width
-    read_s = (active_experts * layer.expert_bytes + gate_bytes) / timing.READ_BYTES_PER_S
+    read = active_experts * layer.expert_bytes + gate_bytes
     flops = tokens * (layer.active * layer.expert_bytes + gate_bytes)  # two bytes and two FLOPs for each weight
-    return 1e6 * max(read_s, flops / timing.BF16_FLOPS_PER_S)
+    best = timing.ceilings()
+    return 1e6 * max(read / best.read_bytes_per_s, flops / best.bf16_flops_per_s)
 
 
 def copies(layer: Layer) -> int:
@@ -289,7 +291,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="measure what has its line too")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=600.0, help="end after this long, whatever is left")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/kernels.jsonl"))
+    parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/kernels.jsonl by default")
     flags = parser.parse_args()
     deadline_s = time.monotonic() + flags.seconds
 
@@ -299,7 +301,8 @@ def main() -> int:
         print(f"needs a GPU; jax sees {device.kind}. `make aot` checks the kernels without one.", file=sys.stderr)
         return 2
     here = {OURS, *baseline_experts(), *(["torch"] if importlib.util.find_spec("torch") else [])}
-    measured = [] if flags.again else timing.records_of_here(flags.output)
+    output = flags.output or timing.results_path("kernels.jsonl")
+    measured = [] if flags.again else timing.records_of_here(output)
     tasks = tasks_of(flags.shapes, flags.tokens, flags.baselines, measured)
     tasks = [task for task in tasks if task.what in here]
     by_jax, by_torch = ([task for task in tasks if (task.what == "torch") is is_torch] for is_torch in (False, True))
@@ -307,7 +310,7 @@ def main() -> int:
 
     def keep(record: dict[str, Any]) -> None:
         print(summary([record]).splitlines()[1], flush=True)
-        timing.append_record(flags.output, record)
+        timing.append_record(output, record)
         records.append(record)
 
     for outcome in processes.outcomes(work, by_jax, processes=flags.processes, deadline_s=deadline_s):

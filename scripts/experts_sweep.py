@@ -29,6 +29,8 @@ def with_experts(config: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def main() -> int:
+    from pallas_kernels import timing
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=pathlib.Path, default=CONFIGS / f"{STUDENT_MODEL}.json")
     parser.add_argument("--experts", nargs="+", type=int, default=[1, 2, 3, 4, 5, 6])
@@ -37,10 +39,11 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=300.0, help="end after this long, whatever is left")
     parser.add_argument("--processes", type=int, default=6, help="that compile at once")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/experts_sweep.jsonl"))
+    parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/experts_sweep.jsonl by default")
     flags = parser.parse_args()
     deadline_s = time.monotonic() + flags.seconds
     benchmark_generate.prepare()
+    flags.output = flags.output or timing.results_path("experts_sweep.jsonl")
     config = json.loads(flags.config.read_text())
     counts = sorted(flags.experts, key=lambda count: (count not in TOLD_FIRST, count))
     configs = {f"{flags.config.stem}, experts: {count}": with_experts(config, count) for count in counts}

@@ -2,9 +2,10 @@
 
     python scripts/plot_generate.py docs/benchmarks/h200
 
-Reads, as far as they are there, generate.jsonl (scripts/benchmark_generate.py), profile.jsonl (profile_step.py),
-experts_sweep.jsonl and anchors.jsonl (other systems, with their dates). Writes generate.md, and generate.png, operators.png and
-experts_sweep.png where there is something to show. Of a point measured more than once, the last counts.
+By default the folder of the device at hand. Reads, as far as they are there, generate.jsonl (benchmark_generate.py),
+profile.jsonl (profile_step.py), experts_sweep.jsonl and anchors.jsonl (other systems, with their dates). Writes
+generate.md, and generate.png, operators.png and experts_sweep.png where there is something to show. Of a point measured
+more than once, the last counts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from pallas_kernels import timing
 
 Record = dict[str, Any]
 
@@ -222,6 +225,7 @@ def failed_lines(path: pathlib.Path) -> list[str]:
 def page(records: list[Record], profiles: list[Record], sweep: list[Record], others: Others, failed: list[str]) -> str:
     """All tables, each where there is something to show."""
     one = (records + profiles + sweep)[0]
+    best = timing.ceilings(one["device"])
     decode = decode_points(records)
     compared = [record for record in records if record["kind"] == "baseline"]
     student = [record for record in records if record["kind"] == "end_to_end"]
@@ -229,10 +233,11 @@ def page(records: list[Record], profiles: list[Record], sweep: list[Record], oth
     sections: list[tuple[bool, str, str, Callable[[], list[str]]]] = [
         (bool(decode), "Decoding, milliseconds for a step of all requests",
          "Prompts of 128 tokens, greedy, from token 32 to the last. Floor: the bytes of attention, routers, head, cache and of "
-         "the experts that were active (counted at every step) at 4.6 TB/s.\n\n![Milliseconds against batch](generate.png)",
+         f"the experts that were active (counted at every step) at {best.read_bytes_per_s / 1e12:.3g} TB/s."
+         "\n\n![Milliseconds against batch](generate.png)",
          lambda: decode_table(decode, others)),
         (bool(prefills(records)), "Reading prompts, milliseconds",
-         "Limit: the FLOPs at 808 TFLOP/s or the bytes at 4.6 TB/s, whichever takes longer.",
+         f"Limit: the bytes or the FLOPs at {best}, whichever takes longer.",
          lambda: prefill_table(prefills(records), others)),
         (bool(student), "End to end, as the student project measured",
          "TinyMistral, a prompt of 10 tokens, 128 new ones, everything included.",
@@ -415,8 +420,8 @@ def summary_table(folder: pathlib.Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=pathlib.Path, help="where the JSON lines are")
-    folder = parser.parse_args().folder
+    parser.add_argument("folder", nargs="?", type=pathlib.Path, help="where the JSON lines are")
+    folder = parser.parse_args().folder or timing.results_path("generate.jsonl").parent
     records = list(last(read(folder / "generate.jsonl"), *KEYS).values())
     profiles = list(last(read(folder / "profile.jsonl"), "model", "batch").values())
     sweep = sorted(last(read(folder / "experts_sweep.jsonl"), "experts").values(), key=lambda each: each["experts"])

@@ -2,8 +2,8 @@
 
     python scripts/plot_kernels.py docs/benchmarks/h200/kernels.jsonl
 
-Writes kernels.md and kernels.png beside the JSON lines; of a point measured more than once, the last counts, and of
-each baseline.
+By default those of the device at hand. Writes kernels.md and kernels.png beside the JSON lines; of a point measured more
+than once, the last counts, and of each baseline.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import argparse
 import json
 import pathlib
 from typing import Any
+
+from pallas_kernels import timing
 
 Records = dict[str, dict[int, dict[str, Any]]]
 
@@ -59,8 +61,9 @@ def table(records: Records) -> str:
         "Made by `scripts/plot_kernels.py` from `kernels.jsonl`, which `scripts/benchmark_kernels.py` measured.",
         "",
         "Microseconds of device time with routing, and the fraction of the floor: the bytes of the active experts",
-        "and the gate at 4.6 TB/s or the FLOPs at 808 TFLOP/s, whichever takes longer. Times are sums over kernels, without",
-        "the gaps between launches, about a microsecond each in a CUDA graph (torch is timed with its gaps, in a graph).",
+        f"and the gate or the FLOPs, whichever takes longer, at {timing.ceilings(one['device'])}. Times are sums",
+        "over kernels, without the gaps between launches, about a microsecond each in a CUDA graph (torch is timed with",
+        "its gaps, in a graph).",
         "",
         *_rows(
             "shape", tokens, {shape: [_own(by_tokens.get(n)) for n in tokens] for shape, by_tokens in records.items()}
@@ -154,8 +157,8 @@ def picture(records: Records, path: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("records", type=pathlib.Path, help="JSON lines of scripts/benchmark_kernels.py")
-    path = parser.parse_args().records
+    parser.add_argument("records", nargs="?", type=pathlib.Path, help="JSON lines of scripts/benchmark_kernels.py")
+    path = parser.parse_args().records or timing.results_path("kernels.jsonl")
     records = read(path)
     path.with_suffix(".md").write_text(table(records))
     picture(records, path.with_suffix(".png"))

@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--trace", type=pathlib.Path, help="folder for the trace of the program as it is")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/profile.jsonl"))
+    parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/profile.jsonl by default")
     flags = parser.parse_args()
     prepare()
 
@@ -98,7 +98,7 @@ def main() -> int:
         "operators_us": {name: round(time_us, 2) for name, time_us in operators.items()},
         "kernels": rows,
     }
-    timing.append_record(flags.output, record)
+    timing.append_record(flags.output or timing.results_path("profile.jsonl"), record)
     print(table(record))
     for row in rows[:40]:
         print(*row)

@@ -118,7 +118,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=600.0, help="start no further case after this long")
     parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program")
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/sanitizer.jsonl"))
+    parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/sanitizer.jsonl by default")
     parser.add_argument("--run", nargs=3, metavar=("OP", "KERNEL", "CASE"), help="run this case, for a sanitizer")
     flags = parser.parse_args()
     deadline_s = time.monotonic() + flags.seconds
@@ -129,7 +129,8 @@ def main() -> int:
     if flags.run:
         run_case(*flags.run)
         return 0
-    clean = {_key(record) for record in timing.records_of_here(flags.output) if record["found"] == 0}
+    output = flags.output or timing.results_path("sanitizer.jsonl")
+    clean = {_key(record) for record in timing.records_of_here(output) if record["found"] == 0}
     tasks = [task for task in tasks_of(flags.tools, flags.ops, flags.most) if dataclasses.astuple(task) not in clean]
 
     def check_in_time(task: Task) -> dict[str, Any] | None:
@@ -140,7 +141,7 @@ def main() -> int:
         for done in concurrent.futures.as_completed([pool.submit(check_in_time, task) for task in tasks]):
             record = done.result()
             if record is not None:
-                timing.append_record(flags.output, record)
+                timing.append_record(output, record)
                 records.append(record)
                 print(line(record), flush=True)
     not_clean = sum(record["found"] != 0 for record in records)

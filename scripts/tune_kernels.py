@@ -98,7 +98,7 @@ def shape_of(case: Any) -> str:
 
 
 def points(ops: list[str], shapes: list[str], tokens: list[int]) -> list[Point]:
-    """What there is to tune on this device: of each case the kernel that dispatch takes, if it has settings."""
+    """What there is to tune on this device: of each case the kernel that dispatch takes, if there is a choice of settings."""
     found = []
     for name in ops:
         op = OPS[name]
@@ -107,7 +107,7 @@ def points(ops: list[str], shapes: list[str], tokens: list[int]) -> list[Point]:
                 continue
             operands, named = aot.shapes_of(functools.partial(op.cases.arguments, case))
             chosen = dispatch.choose(name, op.api._implementations(), *operands, **named)
-            if chosen.candidates is not None:
+            if chosen.candidates is not None and len(chosen.candidates(*operands, **named)) > 1:
                 found.append(Point(name, chosen.name, case, op.shape_key(*operands, **named)))
     return found
 
@@ -178,7 +178,7 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=tokens)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=3600.0, help="end after this long, whatever is left")
-    parser.add_argument("--records", type=pathlib.Path, default=pathlib.Path("docs/benchmarks/h200/tuning.jsonl"))
+    parser.add_argument("--records", type=pathlib.Path, help="docs/benchmarks/<device>/tuning.jsonl by default")
     flags = parser.parse_args()
     deadline_s = time.monotonic() + flags.seconds
 
@@ -187,7 +187,8 @@ def main() -> int:
     if device.platform != "gpu":
         print(f"needs a GPU; jax sees {device.kind}", file=sys.stderr)
         return 2
-    measured = timing.records_of_here(flags.records)
+    path = flags.records or timing.results_path("tuning.jsonl")
+    measured = timing.records_of_here(path)
     done = {(record["op"], record["shape_key"], record["tokens"]) for record in measured}
     left = [point for point in points(flags.ops, flags.shapes, flags.tokens) if point.key not in done]
     outcomes = processes.outcomes(measure, left, processes=flags.processes, deadline_s=deadline_s)
@@ -195,8 +196,8 @@ def main() -> int:
         for outcome in progress.track(outcomes, total=len(left), description="kernels x shapes"):
             progress.print(f"{outcome.task.key}: {outcome.error or outcome.result['times_us']}")
             if outcome.error is None:
-                timing.append_record(flags.records, outcome.result)
-    measured = timing.records_of_here(flags.records)
+                timing.append_record(path, outcome.result)
+    measured = timing.records_of_here(path)
     path = tuning.table_path(device.kind)
     path.parent.mkdir(exist_ok=True)
     table = timing.context() | {"settings": best_settings(measured)}

@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,15 @@ def test_records_say_where_they_come_from(tmp_path: pathlib.Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "a" / "b.jsonl").read_text().splitlines()]
     assert [record["tokens"] for record in records] == [3, 4]
     assert set(records[0]) == {"tokens", "device", "jax", "date"}
+
+
+def test_floors_and_folders_are_the_device_s(monkeypatch) -> None:
+    assert timing.ceilings("NVIDIA H100 80GB HBM3").read_bytes_per_s < timing.ceilings("NVIDIA H200").read_bytes_per_s
+    assert timing.ceilings("cpu") == timing.ceilings("NVIDIA H200")
+    assert timing.results_path("x.jsonl") == pathlib.Path("docs/benchmarks/cpu/x.jsonl")
+    for kind, folder in (("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA L4", "nvidia_l4")):
+        monkeypatch.setattr(jax, "devices", lambda kind=kind: [types.SimpleNamespace(device_kind=kind)])
+        assert timing.results_path("x.jsonl").parent.name == folder
 
 
 def test_tasks_run_in_processes_that_fail_alone() -> None:

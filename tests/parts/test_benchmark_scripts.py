@@ -215,8 +215,11 @@ def test_generation_is_measured_and_drawn(tmp_path, config_path, run):
     run("experts_sweep", *tiny, "--experts", 1, 4, "--new-tokens", 16, "--output", folder / "experts_sweep.jsonl")
     assert {(p["experts"], p["active"]) for p in records(folder / "experts_sweep.jsonl")} == {(1, 1), (4, 2)}
 
-    for file in ("experts_sweep.jsonl", "generate.jsonl", "profile.jsonl"):  # times of toy models are too short to draw
-        made = [point | {"ms_per_token": 1.0, "floor_ms": 0.5, "step_us": 100.0} for point in records(folder / file)]
+    # Times of toy models on a busy machine are too short, or negative, to draw.
+    drawn = {"ms_per_token": 1.0, "floor_ms": 0.5, "step_us": 100.0}
+    drawn["operators_us"] = dict.fromkeys(profile["operators_us"], 100.0 / len(profile["operators_us"]))
+    for file in ("experts_sweep.jsonl", "generate.jsonl", "profile.jsonl"):
+        made = [point | {key: drawn[key] for key in drawn if key in point} for point in records(folder / file)]
         (folder / file).write_text("".join(json.dumps(point) + "\n" for point in made))
     (folder / "anchors.jsonl").write_text((ROOT / "docs/benchmarks/h200/anchors.jsonl").read_text())
     run("plot_generate", folder)
@@ -311,8 +314,10 @@ def test_settings_of_the_shipped_table_are_candidates(tuned_points):
 def test_candidates_differ_and_kernels_are_those_that_run(tuned_points):
     for key, candidates in tuned_points.items():
         assert len({json.dumps(each, sort_keys=True) for each in candidates}) == len(candidates) > 1, key
-    assert {op for op, _, tokens in tuned_points if tokens == 4096} == {"experts.compact", "experts.grouped"}
-    assert {op for op, _, tokens in tuned_points if tokens == 8} == {"experts.decode"}
+    chosen = {
+        tokens: {op for op, _, n in tuned_points if n == tokens and op.startswith("experts")} for tokens in (8, 4096)
+    }
+    assert chosen == {8: {"experts.decode"}, 4096: {"experts.compact", "experts.grouped"}}
 
 
 @pytest.mark.aot
