@@ -1,6 +1,7 @@
 """Times one MoE layer, routing included, at the shapes of real checkpoints, beside what else runs on the same GPU.
 
     python scripts/benchmark_kernels.py --shapes qwen3-30b mixtral --tokens 1 8 64 --baselines xla ragged_dot
+    python scripts/benchmark_kernels.py --tokens 32 64 128 256 --baselines decode compact compact_one_launch grouped
 
 Random weights and tokens, hence nearly uniform routing; inputs rotate beyond the L2 cache; results are checked against
 the plain-JAX definition in the same run. Times are sums of the kernels' device times: gaps between launches, about a
@@ -32,8 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dispatch, processes, timing
-from pallas_kernels.experts import experts
+from pallas_kernels import aot, dispatch, processes, timing
+from pallas_kernels.experts import cases, compact_one_launch_sm90, compact_sm90, decode_sm90, experts, grouped_sm90
 from pallas_kernels.experts import ragged as experts_ragged
 from pallas_kernels.experts.cases import LAYERS, Case, Layer
 from pallas_kernels.route import route
@@ -43,6 +44,11 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 BASELINE_TOKENS = (1, 8, 64, 512, 4096, 8192)
 BASELINES = ("xla", "ragged_dot", "tokamax", "torch")
 OURS = "ours"  # and XLA, which checks it
+# Of ours, whichever dispatch chooses: to see whether it chooses right, or whether it should choose another.
+KERNELS = {
+    each.IMPLEMENTATION.name: each.IMPLEMENTATION
+    for each in (decode_sm90, compact_sm90, compact_one_launch_sm90, grouped_sm90)
+}
 ROTATED_BYTES = 1e9
 LEAST_ROUTINGS = 2
 # Two bfloat16 computations, each within 4e-3 of the true value.
@@ -151,15 +157,15 @@ def compile_baseline(name: str, tokens: int, baseline: str) -> Any:
     return compile_layer(name, tokens, layer_function(name, "reference", baseline_experts()[baseline]))
 
 
-def compile_point(name: str, tokens: int) -> Programs:
-    """What one shape and token count needs."""
+def compile_point(name: str, tokens: int, layer: LayerFunction) -> Programs:
+    """What one shape and token count needs, `layer` being ours."""
     x_TD = jax.ShapeDtypeStruct((tokens, LAYERS[name].model_width), jnp.bfloat16)
 
     def new_x(seed: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.key(seed, impl="rbg"), x_TD.shape, x_TD.dtype)
 
     return {
-        "ours": compile_layer(name, tokens, layer_function(name)),
+        "ours": compile_layer(name, tokens, layer),
         "xla": compile_baseline(name, tokens, "xla"),
         "new_weights": compile_new_weights(name),
         "new_x": jax.jit(new_x).lower(SEED).compile(),
@@ -212,7 +218,7 @@ def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`what`: OURS, or a baseline."""
+    """`what`: OURS, a baseline, or one of KERNELS."""
 
     shape: str
     tokens: int
@@ -223,9 +229,14 @@ def work(task: Task) -> dict[str, Any]:
     """A process: compiles, then measures alone on the GPU."""
     name, tokens = task.shape, task.tokens
     if task.what == OURS:
-        programs = compile_point(name, tokens)
+        programs = compile_point(name, tokens, layer_function(name))
         with processes.turn_on_gpu():
             return measure(name, tokens, programs)
+    if task.what in KERNELS:
+        programs = compile_point(name, tokens, layer_function(name, run_experts=KERNELS[task.what].run))
+        with processes.turn_on_gpu():
+            time_us = measure(name, tokens, programs)["time_us"]
+        return {"shape": name, "tokens": tokens, "baselines_us": {task.what: time_us}}
     new_weights, program = compile_new_weights(name), compile_baseline(name, tokens, task.what)
     x_TD = jax.random.normal(jax.random.key(0), (tokens, LAYERS[name].model_width), jnp.bfloat16)
     with processes.turn_on_gpu():
@@ -244,9 +255,17 @@ def tasks_of(shapes: list[str], tokens: list[int], baselines: list[str], measure
         for baseline in baselines
         for count in ordered
         for name in shapes
-        if baseline != "xla" and count in BASELINE_TOKENS and not takes_minutes(baseline, LAYERS[name], count)
+        if is_comparable(baseline, name, count)
     ]
     return [task for task in ours + others if (task.shape, task.tokens, task.what) not in done]
+
+
+def is_comparable(baseline: str, name: str, tokens: int) -> bool:
+    """Whether it is timed at this point by itself: XLA is with ours, and a kernel of ours where it can run."""
+    if baseline in KERNELS:
+        operands, named = aot.shapes_of(functools.partial(cases.arguments, Case(name, tokens, LAYERS[name])))
+        return KERNELS[baseline].supports(dispatch.current_device(), *operands, **named) is None
+    return baseline != "xla" and tokens in BASELINE_TOKENS and not takes_minutes(baseline, LAYERS[name], tokens)
 
 
 def torch_records(tasks: list[Task], timeout_s: float) -> list[dict[str, Any]]:
@@ -287,7 +306,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=BASELINES)
+    parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=[*BASELINES, *KERNELS])
     parser.add_argument("--again", action="store_true", help="measure what has its line too")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=600.0, help="end after this long, whatever is left")
@@ -300,7 +319,7 @@ def main() -> int:
     if device.platform != "gpu":
         print(f"needs a GPU; jax sees {device.kind}. `make aot` checks the kernels without one.", file=sys.stderr)
         return 2
-    here = {OURS, *baseline_experts(), *(["torch"] if importlib.util.find_spec("torch") else [])}
+    here = {OURS, *KERNELS, *baseline_experts(), *(["torch"] if importlib.util.find_spec("torch") else [])}
     output = flags.output or timing.results_path("kernels.jsonl")
     measured = [] if flags.again else timing.records_of_here(output)
     tasks = tasks_of(flags.shapes, flags.tokens, flags.baselines, measured)

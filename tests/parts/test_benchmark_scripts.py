@@ -289,6 +289,24 @@ def test_what_has_a_line_is_not_measured_again(load_script, tmp_path):
     assert list(drawn) == [1, 8], "a point that failed is not drawn"
 
 
+def test_kernels_are_timed_where_they_can_run(load_script):
+    script = load_script("benchmark_kernels")
+    with dispatch.compiling_for(H200):
+        tasks = script.tasks_of(["qwen3-30b"], [32, 64, 2048], list(script.KERNELS), [])
+        others = [(task.what, task.tokens) for task in tasks if task.what != script.OURS]
+        assert sorted(others) == [
+            ("compact", 32), ("compact", 64),
+            ("compact_one_launch", 32), ("compact_one_launch", 64),
+            ("decode", 32),
+            ("grouped", 32), ("grouped", 64), ("grouped", 2048),
+        ]  # fmt: skip
+        weights = jax.eval_shape(functools.partial(script.make_weights, script.LAYERS["qwen3-30b"],
+                                                   script.ROUTERS["qwen3-30b"]), script.SEED)  # fmt: skip
+        x_TD = jax.ShapeDtypeStruct((64, 2048), jnp.bfloat16)
+        layer = script.layer_function("qwen3-30b", run_experts=script.KERNELS["compact_one_launch"].run)
+        assert jax.eval_shape(layer, x_TD, weights)[0] == x_TD
+
+
 H200 = Device("gpu", "NVIDIA H200", 132)
 
 
