@@ -34,11 +34,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts.compact_plan_sm90 import GRAIN, Plan, Sizes
 from pallas_kernels.experts.compact_schedule import Deal, chunks_of_down
-from pallas_kernels.experts.decode_sm90 import _signal, _wait_for_signals, shape_key
+from pallas_kernels.experts.decode_sm90 import shape_key
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
 from pallas_kernels.experts.grouped_rows_sm90 import LARGEST_BARRIER, LARGEST_BOX
 from pallas_kernels.experts.plan import padded_tokens
 from pallas_kernels.experts.reference import adding_residual
+from pallas_kernels.experts.signals_sm90 import send_signal, wait_for_signals
 from pallas_kernels.experts.streaming_sm90 import (
     COMPILER,
     PIECES,
@@ -555,11 +556,11 @@ class Block:
 
     def signal(self, index) -> None:
         if "signals" in self.inputs:
-            _signal(self.inputs["signals"].at[pl.ds(index, 1)])
+            send_signal(self.inputs["signals"].at[pl.ds(index, 1)])
 
     def wait_for(self, index, count) -> None:
         if "signals" in self.inputs:
-            _wait_for_signals(self.inputs["signals"].at[pl.ds(index, 1)], count)
+            wait_for_signals(self.inputs["signals"].at[pl.ds(index, 1)], count)
 
 
 def _divmod(value, divisor: int):

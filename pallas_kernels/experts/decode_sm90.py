@@ -26,12 +26,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch, tuning
 from pallas_kernels.experts.grouped_matmul_sm90 import activate
 from pallas_kernels.experts.plan import decode_plan, padded_tokens
+from pallas_kernels.experts.signals_sm90 import send_signal, wait_for_signals
 from pallas_kernels.experts.streaming_sm90 import (
     COMPILER,
     PIECES,
@@ -239,8 +239,8 @@ class _Block:
 
     def wait_for_all_hidden(self) -> None:
         if "signals" in self.optional:
-            _signal(self.signal(0))
-            _wait_for_signals(self.signal(0), self.sizes.num_blocks)
+            send_signal(self.signal(0))
+            wait_for_signals(self.signal(0), self.sizes.num_blocks)
 
     def signal(self, index):
         return self.gmem.signals.at[pl.ds(index, 1)]
@@ -332,7 +332,7 @@ class _Block:
                 def _hand_over():
                     for n, part in enumerate(parts):
                         self.gmem.partials[self.block, n] = part
-                    _signal(self.signal(first_signal + line.last_block_before(tile_begin + 1)))
+                    send_signal(self.signal(first_signal + line.last_block_before(tile_begin + 1)))
 
             @pl.when(is_mine)
             def _finish():
@@ -368,7 +368,7 @@ class _Block:
 
         @pl.when(last > block)
         def _wait():
-            _wait_for_signals(signal_gmem, last - block)
+            wait_for_signals(signal_gmem, last - block)
 
         def add(i, total):
             for n in range(batch):  # loads that do not depend on each other overlap
@@ -490,34 +490,6 @@ def _load_partial(partial_gmem):
 def _load_transposed(tile_smem):
     tile_RT = plgpu.load(tile_smem.T, layout=plgpu.Layout.WGMMA_TRANSPOSED)
     return plgpu.layout_cast(tile_RT, plgpu.Layout.WGMMA).astype(jnp.float32)
-
-
-def _signal(signal_gmem) -> None:
-    """Adds one to a number in global memory, after all that the warpgroup's threads have stored there before.
-
-    Released even where only copies that have ended came before: relaxed, 201 of 4000 runs on an H200 read old values.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def signal(ctx, signal_gmem):
-        del ctx
-        utils.warpgroup_barrier()
-        utils.SemaphoreRef(utils.memref_ptr(signal_gmem)).signal(1, memory_scope="gpu")
-
-    signal(signal_gmem)
-
-
-def _wait_for_signals(signal_gmem, count) -> None:
-    """Waits for `count` signals. What was stored before them is then visible to loads and asynchronous copies."""
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())))
-    def wait(ctx, signal_gmem, count):
-        del ctx
-        signal = utils.SemaphoreRef(utils.memref_ptr(signal_gmem))
-        signal.wait(count.registers.item(), decrement=False, memory_scope="gpu")
-        utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
-
-    wait(signal_gmem, jnp.asarray(count, jnp.int32))
 
 
 def default_settings(x_TD) -> dict[str, int]:
