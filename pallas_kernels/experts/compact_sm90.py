@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -161,123 +163,34 @@ def _matmul(
     """`[M, O]`: `finish` of the products of each gate, `[64, tokens]` each, for the rows of every expert."""
     _, gates, width, inner = weights_EGOI.shape
     weights = WeightTiles.of(weights_EGOI)
-    rows, stages = weights.rows, tile.stages
-    token_tiles = [tokens for tokens in TOKEN_TILES if tokens <= most_tokens]
-    steps = pl.cdiv(inner, tile.depth)  # of one item: a tile of tokens and a tile of weights
-    weight_tiles = pl.cdiv(width, rows)
-
-    def kernel(rows_gmem, expert_gmem, start_gmem, size_gmem, num_tiles_gmem, weights_gmem, *rest, **scratch):
-        *bias_gmem, out_gmem = rest
-        rows_smem, weights_smem, out_smem = scratch["rows_smem"], scratch["weights_smem"], scratch["out_smem"]
-        full, empty = scratch["full"], scratch["empty"]
-        block = lax.axis_index("block")
-        if not is_second:
-            wait_for_previous_launch(is_interpreted)
-            let_next_launch_start(is_interpreted)
-        num_items = num_tiles_gmem[0] * weight_tiles
-        my_items = pl.cdiv(lax.max(num_items - block, 0), num_sms)
-
-        def item_of(i):
-            item = block + i * num_sms
-            return item // weight_tiles, lax.rem(item, weight_tiles) * rows
-
-        def places_of_bias(row):
-            return [(n, row) if gates == PIECES else (0, row + n * ROWS) for n in range(PIECES)]
-
-        def with_token_tile(size, do) -> None:
-            """`do` with the smallest tile that holds `size` tokens."""
-            for lower, tokens in zip((0, *token_tiles), token_tiles, strict=False):
-                pl.when((size > lower) & (size <= tokens))(functools.partial(do, tokens))
-
-        def stream():
-            def place_of(j):
-                tile_index, row = item_of(j // steps)
-                return tile_index, row, pl.ds(lax.rem(j, steps) * tile.depth, tile.depth), lax.rem(j, stages)
-
-            def load_weights(j):
-                tile_index, row, columns, slot = place_of(j)
-                places = weights.places(expert_gmem[tile_index], row)
-                slot_smem = weights_smem.at[slot]
-                load_pieces(weights_gmem, places, columns, slot_smem, full.at[slot], in_one_copy=weights.follow)
-
-            def load_rows(j):
-                tile_index, _, columns, slot = place_of(j)
-
-                def load(tokens):
-                    window = rows_gmem.at[pl.ds(start_gmem[tile_index] // ROWS * ROWS, tokens), columns]
-                    plgpu.copy_gmem_to_smem(window, rows_smem.at[slot, pl.ds(0, tokens)], full.at[slot])
-
-                with_token_tile(size_gmem[tile_index], load)
-
-            def load_both(j):
-                load_weights(j)
-                load_rows(j)
-
-            ahead = 0
-            if is_second:
-                ahead = lax.min(my_items * steps, stages)
-                pl.loop(0, ahead)(load_weights)
-                wait_for_previous_launch(is_interpreted)
-                pl.loop(0, ahead)(load_rows)
-            fill_ring(my_items * steps, stages, empty, load_both, start=ahead)
-
-        on_producer_warp(stream, warpgroup=1)
-
-        def compute_item(i):
-            tile_index, row = item_of(i)
-            if bias_gmem:
-                for n, (gate, first) in enumerate(places_of_bias(row)):
-                    window = bias_gmem[0].at[expert_gmem[tile_index], gate, pl.ds(first, ROWS)]
-                    plgpu.copy_gmem_to_smem(window, scratch["bias_smem"].at[n], scratch["bias_full"])
-
-            def compute(tokens):
-                def multiply(*accumulators):
-                    @pl.loop(0, steps)
-                    def step(k):
-                        slot = lax.rem(i * steps + k, stages)
-                        plgpu.barrier_wait(full.at[slot])
-                        tokens_smem = rows_smem.at[slot, pl.ds(0, tokens)].T
-                        for piece, acc in enumerate(accumulators):
-                            plgpu.wgmma(acc, weights_smem.at[slot, piece], tokens_smem)
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(empty.at[slot])
-
-                    return [acc[...] for acc in accumulators]
-
-                parts = pl.run_scoped(multiply, *[plgpu.ACC((ROWS, tokens))] * PIECES)
-                if bias_gmem:
-                    plgpu.barrier_wait(scratch["bias_full"])
-                    parts = [add_to_rows(part, scratch["bias_smem"].at[n]) for n, part in enumerate(parts)]
-                results = [finish(parts)] if gates == PIECES else [finish([part]) for part in parts]
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                for n, result in enumerate(results):
-                    store_transposed(result.astype(dtype), out_smem.at[n, pl.ds(0, tokens)])
-                plgpu.commit_smem()
-                first_token = start_gmem[tile_index] // ROWS * ROWS
-                for n in range(len(results)):
-                    target = out_gmem.at[pl.ds(first_token, tokens), pl.ds(row + n * ROWS, ROWS)]
-                    plgpu.copy_smem_to_gmem(out_smem.at[n, pl.ds(0, tokens)], target)
-
-            with_token_tile(size_gmem[tile_index], compute)
-
-        @pl.when(lax.axis_index("warpgroup") == 0)
-        def compute_all():
-            pl.loop(0, my_items)(compute_item)
-            plgpu.wait_smem_to_gmem(0)
-
-    scratch = dict(
-        rows_smem=plgpu.SMEM((stages, most_tokens, tile.depth), rows_MI.dtype),
-        weights_smem=plgpu.SMEM((stages, PIECES, ROWS, tile.depth), weights_EGOI.dtype),
-        out_smem=plgpu.SMEM((rows // ROWS, most_tokens, ROWS), dtype),
-        full=plgpu.Barrier(num_arrivals=2 if weights.follow else 1 + PIECES, num_barriers=stages),
-        empty=plgpu.Barrier(num_barriers=stages),
+    sizes = _Sizes(
+        gates=gates,
+        width=width,
+        inner=inner,
+        weights=weights,
+        has_bias=bias_EGO is not None,
+        finish=finish,
+        tile=tile,
+        most_tokens=most_tokens,
+        num_sms=num_sms,
+        is_interpreted=is_interpreted,
+        is_second=is_second,
     )
-    operands = [rows_MI, plan.expert_X, plan.start_X, plan.size_X, plan.num_tiles_1, weights.stack_XRI]
+    arrays = dict(
+        rows=rows_MI,
+        expert=plan.expert_X,
+        start=plan.start_X,
+        size=plan.size_X,
+        num_tiles=plan.num_tiles_1,
+        weights=weights.stack_XRI,
+    )
     if bias_EGO is not None:
-        operands.append(bias_EGO)
-        scratch |= dict(
-            bias_smem=plgpu.SMEM((PIECES, ROWS), bias_EGO.dtype), bias_full=plgpu.Barrier(num_arrivals=PIECES)
-        )
+        arrays["bias"] = bias_EGO
+
+    def kernel(*refs, **scratch):
+        gmem = dict(zip((*arrays, "out"), refs, strict=True))
+        _Block(sizes, types.SimpleNamespace(**gmem), types.SimpleNamespace(**scratch)).run()
+
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((rows_MI.shape[0], width), dtype),
@@ -286,9 +199,187 @@ def _matmul(
         num_threads=2,
         thread_name="warpgroup",
         kernel_name="experts_compact_down" if is_second else "experts_compact_up",
-        scratch_types=scratch,
+        scratch_types=_scratch(sizes, arrays, dtype),
         compiler_params=COMPILER,
-    )(*operands)
+    )(*arrays.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What a launch is compiled for. An item of its work is a tile of tokens and a tile of weights."""
+
+    gates: int
+    width: int
+    inner: int
+    weights: WeightTiles
+    has_bias: bool
+    finish: Callable
+    tile: Tile
+    most_tokens: int
+    num_sms: int
+    is_interpreted: bool
+    is_second: bool
+
+    @property
+    def steps(self) -> int:
+        """Of one item."""
+        return pl.cdiv(self.inner, self.tile.depth)
+
+    @property
+    def weight_tiles(self) -> int:
+        return pl.cdiv(self.width, self.weights.rows)
+
+    @property
+    def token_tiles(self) -> list[int]:
+        return [tokens for tokens in TOKEN_TILES if tokens <= self.most_tokens]
+
+
+def _scratch(sizes: _Sizes, arrays: dict[str, jax.Array], dtype) -> dict[str, Any]:
+    stages, depth, weights = sizes.tile.stages, sizes.tile.depth, sizes.weights
+    scratch = dict(
+        rows_smem=plgpu.SMEM((stages, sizes.most_tokens, depth), arrays["rows"].dtype),
+        weights_smem=plgpu.SMEM((stages, PIECES, ROWS, depth), arrays["weights"].dtype),
+        out_smem=plgpu.SMEM((weights.rows // ROWS, sizes.most_tokens, ROWS), dtype),
+        full=plgpu.Barrier(num_arrivals=2 if weights.follow else 1 + PIECES, num_barriers=stages),
+        empty=plgpu.Barrier(num_barriers=stages),
+    )
+    if sizes.has_bias:
+        scratch["bias_smem"] = plgpu.SMEM((PIECES, ROWS), arrays["bias"].dtype)
+        scratch["bias_full"] = plgpu.Barrier(num_arrivals=PIECES)
+    return scratch
+
+
+class _Block:
+    """One block's items: a warp that streams weights and tokens, a warpgroup that multiplies and stores."""
+
+    def __init__(self, sizes: _Sizes, gmem, scratch):
+        self.sizes, self.gmem, self.scratch = sizes, gmem, scratch
+        self.block = lax.axis_index("block")
+
+    def run(self) -> None:
+        sizes = self.sizes
+        if not sizes.is_second:
+            wait_for_previous_launch(sizes.is_interpreted)
+            let_next_launch_start(sizes.is_interpreted)
+        num_items = self.gmem.num_tiles[0] * sizes.weight_tiles
+        my_items = pl.cdiv(lax.max(num_items - self.block, 0), sizes.num_sms)
+        on_producer_warp(functools.partial(self.stream, my_items), warpgroup=1)
+
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _compute():
+            pl.loop(0, my_items)(self.compute_item)
+            plgpu.wait_smem_to_gmem(0)
+
+    def item(self, i):
+        """Of this block's i-th item: the tile of tokens, and the first row of weights."""
+        item = self.block + i * self.sizes.num_sms
+        weight_tiles = self.sizes.weight_tiles
+        return item // weight_tiles, lax.rem(item, weight_tiles) * self.sizes.weights.rows
+
+    def with_token_tile(self, size, do) -> None:
+        """`do` with the smallest tile that holds `size` tokens."""
+        token_tiles = self.sizes.token_tiles
+        for lower, tokens in zip((0, *token_tiles), token_tiles, strict=False):
+            pl.when((size > lower) & (size <= tokens))(functools.partial(do, tokens))
+
+    # The stream of weights and tokens.
+
+    def stream(self, my_items) -> None:
+        steps, stages, is_interpreted = self.sizes.steps, self.sizes.tile.stages, self.sizes.is_interpreted
+        ahead: int | jax.Array = 0
+        if self.sizes.is_second:  # weights do not depend on the first launch, tokens do
+            ahead = lax.min(my_items * steps, stages)
+            pl.loop(0, ahead)(self.load_weights)
+            wait_for_previous_launch(is_interpreted)
+            pl.loop(0, ahead)(self.load_rows)
+        fill_ring(my_items * steps, stages, self.scratch.empty, self.load_both, start=ahead)
+
+    def load_both(self, j) -> None:
+        self.load_weights(j)
+        self.load_rows(j)
+
+    def load_weights(self, j) -> None:
+        tile_index, row, columns, slot = self.place_of(j)
+        weights, slot_smem, full = self.sizes.weights, self.scratch.weights_smem.at[slot], self.scratch.full.at[slot]
+        places = weights.places(self.gmem.expert[tile_index], row)
+        load_pieces(self.gmem.weights, places, columns, slot_smem, full, in_one_copy=weights.follow)
+
+    def load_rows(self, j) -> None:
+        gmem, scratch = self.gmem, self.scratch
+        tile_index, _, columns, slot = self.place_of(j)
+
+        def load(tokens):
+            window = gmem.rows.at[self.rows_of(tile_index, tokens), columns]
+            plgpu.copy_gmem_to_smem(window, scratch.rows_smem.at[slot, pl.ds(0, tokens)], scratch.full.at[slot])
+
+        self.with_token_tile(gmem.size[tile_index], load)
+
+    def place_of(self, j):
+        """Of load j: the tile of tokens, the first row of weights, the columns, and the slot."""
+        steps, tile = self.sizes.steps, self.sizes.tile
+        tile_index, row = self.item(j // steps)
+        return tile_index, row, pl.ds(lax.rem(j, steps) * tile.depth, tile.depth), lax.rem(j, tile.stages)
+
+    def rows_of(self, tile_index, tokens: int):
+        # Divided and multiplied so that the compiler knows a multiple of 64: swizzled copies want that.
+        return pl.ds(self.gmem.start[tile_index] // ROWS * ROWS, tokens)
+
+    # From an item's products to its results.
+
+    def compute_item(self, i) -> None:
+        tile_index, row = self.item(i)
+        if self.sizes.has_bias:
+            self.load_bias(tile_index, row)
+        self.with_token_tile(self.gmem.size[tile_index], functools.partial(self.compute, i, tile_index, row))
+
+    def compute(self, i, tile_index, row, tokens: int) -> None:
+        is_gated, finish = self.sizes.gates == PIECES, self.sizes.finish
+        parts = self.multiply(i, tokens)
+        if self.sizes.has_bias:
+            parts = self.plus_bias(parts)
+        results = [finish(parts)] if is_gated else [finish([part]) for part in parts]
+        self.store(results, tile_index, row, tokens)
+
+    def multiply(self, i, tokens: int):
+        """Two `[64, tokens]` products."""
+        scratch, steps = self.scratch, self.sizes.steps
+
+        def loop(*accumulators):
+            @pl.loop(0, steps)
+            def _step(k):
+                slot = lax.rem(i * steps + k, self.sizes.tile.stages)
+                plgpu.barrier_wait(scratch.full.at[slot])
+                tokens_smem = scratch.rows_smem.at[slot, pl.ds(0, tokens)].T
+                for piece, acc in enumerate(accumulators):
+                    plgpu.wgmma(acc, scratch.weights_smem.at[slot, piece], tokens_smem)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(scratch.empty.at[slot])
+
+            return [acc[...] for acc in accumulators]
+
+        return pl.run_scoped(loop, *[plgpu.ACC((ROWS, tokens))] * PIECES)
+
+    def load_bias(self, tile_index, row) -> None:
+        is_gated, scratch = self.sizes.gates == PIECES, self.scratch
+        places = [(n, row) if is_gated else (0, row + n * ROWS) for n in range(PIECES)]
+        for n, (gate, first) in enumerate(places):
+            window = self.gmem.bias.at[self.gmem.expert[tile_index], gate, pl.ds(first, ROWS)]
+            plgpu.copy_gmem_to_smem(window, scratch.bias_smem.at[n], scratch.bias_full)
+
+    def plus_bias(self, parts):
+        plgpu.barrier_wait(self.scratch.bias_full)
+        return [add_to_rows(part, self.scratch.bias_smem.at[n]) for n, part in enumerate(parts)]
+
+    def store(self, results, tile_index, row, tokens: int) -> None:
+        out_smem = self.scratch.out_smem
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for n, result in enumerate(results):
+            store_transposed(result.astype(out_smem.dtype), out_smem.at[n, pl.ds(0, tokens)])
+        plgpu.commit_smem()
+        rows = self.rows_of(tile_index, tokens)
+        for n in range(len(results)):
+            target = self.gmem.out.at[rows, pl.ds(row + n * ROWS, ROWS)]
+            plgpu.copy_smem_to_gmem(out_smem.at[n, pl.ds(0, tokens)], target)
 
 
 def _token_tile(num_tokens: int) -> int:
