@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable
 
 import jax
@@ -168,146 +169,24 @@ def _grouped_matmul(
     blocks of columns for `out[rows, columns]` and, optionally, one number per row for `out[tile of columns, rows]`.
     """
     _, gates, width, depth = weights_EGOI.shape
-    step_depth = math.gcd(depth, SWIZZLED)  # a swizzled copy wants an array whose width it divides
-    column_tiles, steps = pl.cdiv(width, tile.columns), depth // step_depth
-    half = tile.columns if gates == 2 else tile.columns // 2
-    stages = 4 if half > ROWS else 6  # of the ring: as many as fit
-    sources = [(0, 0), (1, 0)] if gates == 2 else [(0, 0), (0, half)]  # (gate, first column) of each half
-    has_bias = bias_EGO is not None
-    if has_bias:  # read by registers, which unlike TMA do not stop at the end of an array
-        bias_EGO = jnp.pad(bias_EGO.astype(jnp.float32), ((0, 0), (0, 0), (0, column_tiles * tile.columns - width)))
+    sizes = _Sizes(gates, width, depth, bias_EGO is not None, finish, tile, num_sms)
+    arrays = dict(
+        rows=rows_MI,
+        weights=weights_EGOI,
+        expert=plan.expert_X,
+        start=plan.start_X,
+        end=plan.end_X,
+        num_tiles=plan.num_tiles_1,
+    )
+    if bias_EGO is not None:  # read by registers, which unlike TMA do not stop at the end of an array
+        padding = ((0, 0), (0, 0), (0, sizes.column_tiles * tile.columns - width))
+        arrays["bias"] = jnp.pad(bias_EGO.astype(jnp.float32), padding)
 
-    def kernel(rows_gmem, weights_gmem, expert_gmem, start_gmem, end_gmem, num_tiles_gmem, *refs, **scratch):
-        bias_gmem, outs_gmem = (refs[0], refs[1:]) if has_bias else (None, refs)
-        rows_smem, weights_smem, out_smem, full, empty = (
-            scratch[key] for key in ("rows_smem", "weights_smem", "out_smem", "full", "empty")
-        )
-        warpgroup = lax.axis_index("warpgroup")
-        row_tiles = num_tiles_gmem[0]
-        num_items, item_of = _share(lax.axis_index("block"), row_tiles * column_tiles, num_sms)
+    def kernel(*refs, **scratch):
+        gmem, outs_gmem = dict(zip(arrays, refs, strict=False)), refs[len(arrays) :]
+        _Block(sizes, types.SimpleNamespace(**gmem), outs_gmem, types.SimpleNamespace(**scratch)).run()
 
-        def place(i):
-            """Tile of rows and tile of columns of this block's i-th item: bands of rows, columns, rows of the band."""
-            item = item_of(i)
-            band = item // (tile.band * column_tiles)
-            within = item - band * (tile.band * column_tiles)
-            height = lax.min(row_tiles - band * tile.band, tile.band)
-            return band * tile.band + lax.rem(within, height), within // height
-
-        def first_row(row_tile):
-            # Divided and multiplied so that the compiler knows a multiple of 64: swizzled copies want that.
-            return lax.div(start_gmem[row_tile], ROWS) * ROWS
-
-        def stage(step):
-            return lax.rem(step, stages)
-
-        def produce():
-            @pl.loop(0, num_items)
-            def _item(i):
-                row_tile, column_tile = place(i)
-                expert, start = expert_gmem[row_tile], first_row(row_tile)
-
-                @pl.loop(0, steps)
-                def _step(k):
-                    step = i * steps + k
-                    slot = stage(step)
-
-                    @pl.when(step >= stages)
-                    def _():
-                        plgpu.barrier_wait(empty.at[slot])
-
-                    inner = pl.ds(k * step_depth, step_depth)
-                    plgpu.copy_gmem_to_smem(
-                        rows_gmem.at[pl.ds(start, TILE_ROWS), inner], rows_smem.at[slot], full.at[slot]
-                    )
-                    for index, (gate, first) in enumerate(sources):
-                        plgpu.copy_gmem_to_smem(
-                            weights_gmem.at[expert, gate, pl.ds(column_tile * tile.columns + first, half), inner],
-                            weights_smem.at[slot, index],
-                            full.at[slot],
-                        )
-
-            @pl.loop(0, lax.min(num_items * steps, stages))
-            def _drain(j):  # every completion is awaited before the block may end
-                plgpu.barrier_wait(empty.at[stage(lax.max(num_items * steps - stages, 0) + j)])
-
-        def multiply(i, accs):
-            rows = pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)
-
-            @pl.loop(0, steps)
-            def _step(k):
-                step = i * steps + k
-                slot = stage(step)
-                plgpu.barrier_wait(full.at[slot])
-                for index, acc in enumerate(accs):
-                    plgpu.wgmma(acc, rows_smem.at[slot, rows], weights_smem.at[slot, index].T)
-                plgpu.wgmma_wait(len(accs))  # the products of the step before are done: its slot is free
-
-                @pl.when(k > 0)
-                def _():
-                    plgpu.barrier_arrive(empty.at[stage(step - 1)])
-
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(empty.at[stage(i * steps + steps - 1)])
-            return [acc[...] for acc in accs]
-
-        def store(blocks, row, column_tile):
-            for index, block in enumerate(blocks):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_smem[warpgroup] = block
-                plgpu.commit_smem()
-                columns = pl.ds(column_tile * tile.columns + index * half, half)
-                plgpu.copy_smem_to_gmem(out_smem.at[warpgroup], outs_gmem[0].at[pl.ds(row, ROWS), columns])
-
-        def consume():
-            @pl.loop(0, num_items)
-            def _item(i):
-                row_tile, column_tile = place(i)
-                expert, row = expert_gmem[row_tile], first_row(row_tile) + warpgroup * ROWS
-                has_rows = row < end_gmem[row_tile]
-
-                @pl.when(has_rows)
-                def _():
-                    parts = pl.run_scoped(lambda *accs: multiply(i, accs), *[plgpu.ACC((ROWS, half))] * 2)
-                    if has_bias:
-                        parts = [
-                            part
-                            + _across_rows(bias_gmem.at[expert, gate, pl.ds(column_tile * tile.columns + first, half)])
-                            for part, (gate, first) in zip(parts, sources, strict=True)
-                        ]
-                    blocks, *scales = finish(parts)
-                    store(blocks, row, column_tile)
-                    for scale, scales_gmem in zip(scales, outs_gmem[1:], strict=True):
-                        scales_gmem[column_tile, pl.ds(row, ROWS)] = scale
-
-                @pl.when(jnp.logical_not(has_rows))
-                def _keep_step():
-                    @pl.loop(0, steps)
-                    def _step(k):
-                        slot = stage(i * steps + k)
-                        plgpu.barrier_wait(full.at[slot])
-                        plgpu.barrier_arrive(empty.at[slot])
-
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(warpgroup == WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(40, action="decrease")
-
-            @plgpu.warp_map
-            def _warp(warp):
-                pl.when(warp == 0)(produce)
-
-        @pl.when(warpgroup < WARPGROUPS)
-        def _():
-            plgpu.set_max_registers(232, action="increase")
-            consume()
-
-    def _across_rows(bias_gmem):
-        bias = plgpu.load(bias_gmem, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        return lax.broadcast_in_dim(bias, (ROWS, half), (1,))
-
-    dtype = rows_MI.dtype
+    dtype, half, stages = rows_MI.dtype, sizes.half, sizes.stages
     return plgpu.kernel(
         kernel,
         out_type=out_types,
@@ -317,14 +196,199 @@ def _grouped_matmul(
         thread_name="warpgroup",
         kernel_name=name,
         scratch_types=dict(
-            rows_smem=plgpu.SMEM((stages, TILE_ROWS, step_depth), dtype),
-            weights_smem=plgpu.SMEM((stages, 2, half, step_depth), dtype),
+            rows_smem=plgpu.SMEM((stages, TILE_ROWS, sizes.step_depth), dtype),
+            weights_smem=plgpu.SMEM((stages, 2, half, sizes.step_depth), dtype),
             out_smem=plgpu.SMEM((WARPGROUPS, ROWS, half), out_types[0].dtype),
             full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-    )(
-        rows_MI, weights_EGOI, plan.expert_X, plan.start_X, plan.end_X, plan.num_tiles_1,
-        *([bias_EGO] if has_bias else []),
-    )  # fmt: skip
+    )(*arrays.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What the kernel is compiled for. An item of its work is a tile of rows and a tile of columns."""
+
+    gates: int
+    width: int
+    depth: int
+    has_bias: bool
+    finish: Callable
+    tile: Tile
+    num_sms: int
+
+    @property
+    def step_depth(self) -> int:
+        """A swizzled copy wants an array whose width it divides."""
+        return math.gcd(self.depth, SWIZZLED)
+
+    @property
+    def steps(self) -> int:
+        """Of an item."""
+        return self.depth // self.step_depth
+
+    @property
+    def column_tiles(self) -> int:
+        return pl.cdiv(self.width, self.tile.columns)
+
+    @property
+    def half(self) -> int:
+        return self.tile.columns if self.gates == 2 else self.tile.columns // 2
+
+    @property
+    def sources(self) -> list[tuple[int, int]]:
+        """(gate, first column) of each half."""
+        return [(0, 0), (1, 0)] if self.gates == 2 else [(0, 0), (0, self.half)]
+
+    @property
+    def stages(self) -> int:
+        """Of the ring: as many as fit."""
+        return 4 if self.half > ROWS else 6
+
+
+class _Block:
+    """One block's items: a warp that loads rows and weights, two warpgroups that multiply 64 rows each."""
+
+    def __init__(self, sizes: _Sizes, gmem, outs_gmem, scratch):
+        self.sizes, self.gmem, self.outs_gmem, self.scratch = sizes, gmem, outs_gmem, scratch
+        self.warpgroup = lax.axis_index("warpgroup")
+        self.row_tiles = gmem.num_tiles[0]
+        self.num_items, self.item_of = _share(
+            lax.axis_index("block"), self.row_tiles * sizes.column_tiles, sizes.num_sms
+        )
+
+    def run(self) -> None:
+        @pl.when(self.warpgroup == WARPGROUPS)
+        def _produce():
+            plgpu.set_max_registers(40, action="decrease")
+
+            @plgpu.warp_map
+            def _warp(warp):
+                pl.when(warp == 0)(self.produce)
+
+        @pl.when(self.warpgroup < WARPGROUPS)
+        def _consume():
+            plgpu.set_max_registers(232, action="increase")
+            pl.loop(0, self.num_items)(self.consume)
+            plgpu.wait_smem_to_gmem(0)
+
+    # Where things are.
+
+    def place(self, i):
+        """Tile of rows and tile of columns of this block's i-th item: bands of rows, columns, rows of the band."""
+        item, band_rows, column_tiles = self.item_of(i), self.sizes.tile.band, self.sizes.column_tiles
+        band = item // (band_rows * column_tiles)
+        within = item - band * (band_rows * column_tiles)
+        height = lax.min(self.row_tiles - band * band_rows, band_rows)
+        return band * band_rows + lax.rem(within, height), within // height
+
+    def first_row(self, row_tile):
+        # Divided and multiplied so that the compiler knows a multiple of 64: swizzled copies want that.
+        return lax.div(self.gmem.start[row_tile], ROWS) * ROWS
+
+    def columns(self, column_tile, first: int):
+        """Those of a half, which begins with column `first` of the tile."""
+        return pl.ds(column_tile * self.sizes.tile.columns + first, self.sizes.half)
+
+    def slot(self, step):
+        return lax.rem(step, self.sizes.stages)
+
+    # Loading.
+
+    def produce(self) -> None:
+        sizes, empty = self.sizes, self.scratch.empty
+
+        @pl.loop(0, self.num_items)
+        def _item(i):
+            row_tile, column_tile = self.place(i)
+            expert, start = self.gmem.expert[row_tile], self.first_row(row_tile)
+
+            @pl.loop(0, sizes.steps)
+            def _step(k):
+                step = i * sizes.steps + k
+                slot = self.slot(step)
+
+                @pl.when(step >= sizes.stages)
+                def _reuse():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                self.load(slot, expert, start, column_tile, pl.ds(k * sizes.step_depth, sizes.step_depth))
+
+        @pl.loop(0, lax.min(self.num_items * sizes.steps, sizes.stages))
+        def _drain(j):  # every completion is awaited before the block may end
+            plgpu.barrier_wait(empty.at[self.slot(lax.max(self.num_items * sizes.steps - sizes.stages, 0) + j)])
+
+    def load(self, slot, expert, start, column_tile, inner) -> None:
+        gmem, scratch, full = self.gmem, self.scratch, self.scratch.full.at[slot]
+        plgpu.copy_gmem_to_smem(gmem.rows.at[pl.ds(start, TILE_ROWS), inner], scratch.rows_smem.at[slot], full)
+        for index, (gate, first) in enumerate(self.sizes.sources):
+            window = gmem.weights.at[expert, gate, self.columns(column_tile, first), inner]
+            plgpu.copy_gmem_to_smem(window, scratch.weights_smem.at[slot, index], full)
+
+    # Multiplying and storing.
+
+    def consume(self, i) -> None:
+        row_tile, column_tile = self.place(i)
+        expert, row = self.gmem.expert[row_tile], self.first_row(row_tile) + self.warpgroup * ROWS
+        has_rows = row < self.gmem.end[row_tile]
+
+        @pl.when(has_rows)
+        def _multiply():
+            accs = [plgpu.ACC((ROWS, self.sizes.half))] * 2
+            parts = pl.run_scoped(lambda *accs: self.multiply(i, accs), *accs)
+            if self.sizes.has_bias:
+                parts = self.plus_bias(parts, expert, column_tile)
+            self.store(self.sizes.finish(parts), row, column_tile)
+
+        pl.when(jnp.logical_not(has_rows))(lambda: self.keep_step(i))
+
+    def multiply(self, i, accs):
+        scratch, steps = self.scratch, self.sizes.steps
+        rows = pl.ds(pl.multiple_of(self.warpgroup * ROWS, ROWS), ROWS)
+
+        @pl.loop(0, steps)
+        def _step(k):
+            step = i * steps + k
+            slot = self.slot(step)
+            plgpu.barrier_wait(scratch.full.at[slot])
+            for index, acc in enumerate(accs):
+                plgpu.wgmma(acc, scratch.rows_smem.at[slot, rows], scratch.weights_smem.at[slot, index].T)
+            plgpu.wgmma_wait(len(accs))  # the products of the step before are done: its slot is free
+
+            @pl.when(k > 0)
+            def _release():
+                plgpu.barrier_arrive(scratch.empty.at[self.slot(step - 1)])
+
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(scratch.empty.at[self.slot(i * steps + steps - 1)])
+        return [acc[...] for acc in accs]
+
+    def keep_step(self, i) -> None:
+        """For a warpgroup whose rows are past the tile's end."""
+        steps = self.sizes.steps
+
+        @pl.loop(0, steps)
+        def _step(k):
+            slot = self.slot(i * steps + k)
+            plgpu.barrier_wait(self.scratch.full.at[slot])
+            plgpu.barrier_arrive(self.scratch.empty.at[slot])
+
+    def plus_bias(self, parts, expert, column_tile):
+        def across_rows(gate: int, first: int):
+            bias_gmem = self.gmem.bias.at[expert, gate, self.columns(column_tile, first)]
+            bias = plgpu.load(bias_gmem, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            return lax.broadcast_in_dim(bias, (ROWS, self.sizes.half), (1,))
+
+        return [part + across_rows(*source) for part, source in zip(parts, self.sizes.sources, strict=True)]
+
+    def store(self, finished, row, column_tile) -> None:
+        (blocks, *scales), out_smem = finished, self.scratch.out_smem
+        for index, block in enumerate(blocks):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[self.warpgroup] = block
+            plgpu.commit_smem()
+            columns = self.columns(column_tile, index * self.sizes.half)
+            plgpu.copy_smem_to_gmem(out_smem.at[self.warpgroup], self.outs_gmem[0].at[pl.ds(row, ROWS), columns])
+        for scale, scales_gmem in zip(scales, self.outs_gmem[1:], strict=True):
+            scales_gmem[column_tile, pl.ds(row, ROWS)] = scale
