@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels import aot, interpret
 from pallas_kernels.dispatch import Device
 from pallas_kernels.experts.plan import decode_plan
-from pallas_kernels.route import RoutingRule, cases, decode_sm90, prefill_sm90, reference
+from pallas_kernels.route import RoutingRule, cases, decode_sm90, prefill_sm90, reference, route
 from pallas_kernels.route.api import NUM_SIGNALS
 
 H200 = Device("gpu", "NVIDIA H200", 132)
@@ -87,6 +87,20 @@ def test_prefill_kernel_compiles(name: str) -> None:
     case = next(case for case in cases.REAL if case.name == name)
     operands, named = aot.shapes_of(functools.partial(cases.arguments, case))
     program = aot.compile_for_h200(functools.partial(prefill_sm90.route, rule=named["rule"]), *operands)
+    (kernel,) = program.kernels
+    assert kernel.spill_bytes == 0
+    assert kernel.shared_memory_bytes <= aot.SHARED_MEMORY_BYTES
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("tokens", [1, 16, 512])
+def test_as_many_experts_as_there_may_be_compile_without_spills(tokens: int) -> None:
+    """Kimi-K2's router: the largest that a decode and a prefill kernel take."""
+    rule = RoutingRule(8, score="sigmoid", renormalize=True, scale=2.827)
+    router = cases.Router(decode_sm90.MAX_EXPERTS, 7168, rule, has_selection_bias=True)
+    operands, named = aot.shapes_of(functools.partial(cases.arguments, cases.Case("kimi-k2", tokens, router)))
+    arrays, static = aot.split_arrays(named)
+    program = aot.compile_for_h200(lambda operands, arrays: route(*operands, **arrays, **static), operands, arrays)
     (kernel,) = program.kernels
     assert kernel.spill_bytes == 0
     assert kernel.shared_memory_bytes <= aot.SHARED_MEMORY_BYTES
