@@ -9,6 +9,7 @@ SHELL := bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 JOBS := 2
+GPU_JOBS := 12
 
 # The stamps of what .venv holds; none when PYTHON names another environment.
 ifeq ($(PYTHON),$(VENV)/bin/python)
@@ -32,13 +33,18 @@ lint: $(dev)
 aot: $(dev) $(aot)
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) -m aot
 
+# One GPU and many processes, since lowering a kernel is Python. XLA does not time alternatives meanwhile. A kernel that
+# never ends takes its process with it, and another comes in its place.
+test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE := false
+test-gpu: export XLA_FLAGS += --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false
 test-gpu: $(dev) $(cuda)
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --max-worker-restart 50 \
+		-o faulthandler_timeout=240 -o faulthandler_exit_on_timeout=true
 
 bench: $(dev) $(cuda)
-	$(PYTHON) scripts/benchmark_kernels.py
+	$(PYTHON) scripts/benchmark_kernels.py --again
 	$(PYTHON) scripts/plot_kernels.py
-	$(PYTHON) scripts/benchmark_generate.py
+	$(PYTHON) scripts/benchmark_generate.py --again
 	$(PYTHON) scripts/experts_sweep.py
 	for batch in 1 8; do $(PYTHON) scripts/profile_step.py --batch $$batch; done
 	$(PYTHON) scripts/plot_generate.py

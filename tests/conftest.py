@@ -3,7 +3,10 @@ rounded wherever the models say so, as in PyTorch: XLA would leave out roundings
 them near-equal experts change places."""
 
 import os
+import sys
 from pathlib import Path
+
+import pytest
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
@@ -22,7 +25,6 @@ MOST_MAPPINGS = 20_000
 def pytest_collection_modifyitems(items):
     """Tests marked `gpu` are skipped where there is none, whatever was asked for."""
     import jax
-    import pytest
 
     if jax.default_backend() != "gpu":
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU, and jax sees none: run `make test-gpu` where there is one")
@@ -37,3 +39,14 @@ def pytest_runtest_teardown():
 
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A worker whose CUDA context broke ends, and another takes its place: every test after it would fail too."""
+    report = yield
+    said = str(call.excinfo.value) if call.excinfo else ""
+    if hasattr(item.config, "workerinput") and "CUDA_ERROR_" in said and "OUT_OF_MEMORY" not in said:
+        print(f"{item.nodeid} broke its CUDA context: {said}", file=sys.__stderr__, flush=True)
+        os._exit(1)
+    return report
