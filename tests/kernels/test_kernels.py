@@ -39,17 +39,23 @@ BFLOAT16_ERROR = 4e-3
 # Sums of up to a few hundred float32 products, in any order.
 FLOAT32_ERROR = 2e-6
 LARGE_WEIGHTS = 1 << 28
+# Cases of which arguments and exact results are kept: on a GPU one, as a real layer's weights take up to 22 GB.
+MOST_KEPT = 1 if jax.default_backend() == "gpu" else 256
 
 
-@functools.lru_cache(maxsize=1)  # one: a real layer's weights take up to 22 GB
+@functools.cache
+def _shapes(cases: ModuleType, case: Any) -> tuple[tuple, dict[str, Any]]:
+    return aot.shapes_of(functools.partial(cases.arguments, case))
+
+
+@functools.lru_cache(maxsize=MOST_KEPT)
 def _arguments(cases: ModuleType, case: Any) -> tuple[tuple, dict[str, Any]]:
     """A case's arguments, made in one program: to compile its operations one by one took a second of each test."""
-    make = functools.partial(cases.arguments, case)
-    _, static = aot.split_arrays(aot.shapes_of(make)[1])
+    _, static = aot.split_arrays(_shapes(cases, case)[1])
 
     @jax.jit
     def arrays() -> tuple[tuple, dict[str, Any]]:
-        operands, named = make()
+        operands, named = cases.arguments(case)
         return operands, aot.split_arrays(named)[0]
 
     operands, named = arrays()
@@ -69,7 +75,7 @@ def check_numbers(definition: Callable, cases: ModuleType, result: Any, case: An
             assert error <= 1.2 * own_error, f"the definition in bfloat16 has {own_error}"
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=MOST_KEPT)
 def _exact(definition: Callable, cases: ModuleType, case: Any) -> tuple[Any, Any]:
     """The definition's results in float32, and the relative errors of its results in the case's dtype."""
     operands, named = _arguments(cases, case)
@@ -144,7 +150,7 @@ def _supported(cases_name: str, device: Device, *, but_not: Device | None = None
     """(op, implementation, case) of everything that runs on `device`, by name, and not on `but_not`."""
     for op_name, op in OPS.items():
         for case in getattr(op.cases, cases_name):
-            operands, named = aot.shapes_of(functools.partial(op.cases.arguments, case))
+            operands, named = _shapes(op.cases, case)
             for implementation in op.implementations:
                 is_elsewhere = but_not is not None and implementation.supports(but_not, *operands, **named) is None
                 if not is_elsewhere and implementation.supports(device, *operands, **named) is None:
@@ -202,7 +208,7 @@ def test_no_races(op: Op, implementation: Implementation, case: Any) -> None:
     ("op", "implementation", "case"), [parameter for parameter in ON_GPU if parameter.values[0] is OPS["matvec"]]
 )
 def test_projection_compiles(op: Op, implementation: Implementation, case: Any) -> None:
-    operands, named = aot.shapes_of(functools.partial(op.cases.arguments, case))
+    operands, named = _shapes(op.cases, case)
     arrays, run = _split(implementation, named)
     program = aot.compile_for_h200(run, operands, arrays)
     assert len(program.launches) == 1
