@@ -14,9 +14,18 @@ from jaxtyping import Array, Float, Int
 from moe_jax import graph
 from moe_jax.kv_cache import KVCache
 from moe_jax.model import Model
-from moe_jax.program import NO_TOKEN, Programs, Record, compiled_for, empty_cache, logits_program
+from moe_jax.program import NO_TOKEN, Programs, Record, compiled_for, empty_cache, logits_program, require_room
 from moe_jax.progress import status
-from moe_jax.prompts import Batch, Prompt, checked, checked_ids
+from moe_jax.prompts import (
+    Batch,
+    Prompt,
+    checked,
+    checked_ids,
+    checked_lengths,
+    require_context,
+    require_count,
+    require_model,
+)
 from moe_jax.sampling import Sampling
 from moe_jax.streaming import cut
 
@@ -123,14 +132,9 @@ def logits(
     Raises:
       ValueError: shapes disagree, ids outside the vocabulary, lengths outside 1..T, or decoder tokens missing or not wanted.
     """
+    require_model(model)
     tokens_BT = checked_ids(model, tokens_BT, "tokens_BT")
-    if lengths_B is None:
-        lengths_B = np.full(tokens_BT.shape[:1], tokens_BT.shape[1], np.int32)
-    lengths_B = np.asarray(lengths_B, np.int32)
-    if lengths_B.shape != tokens_BT.shape[:1] or lengths_B.min() < 1 or lengths_B.max() > tokens_BT.shape[1]:
-        raise ValueError(
-            f"expected lengths_B of shape {tokens_BT.shape[:1]} within 1..{tokens_BT.shape[1]}, got {lengths_B}"
-        )
+    lengths_B = checked_lengths(lengths_B, tokens_BT)
     if model.context_length is not None and lengths_B.max() > model.context_length:
         raise ValueError(f"expected at most {model.context_length} tokens (the context), got {lengths_B.max()}")
     operands: tuple[np.ndarray, ...] = (tokens_BT, lengths_B)
@@ -162,11 +166,15 @@ def compile(
     Raises:
       ValueError: as `generate`.
     """
-    for name, value in (("batch", batch), ("prompt_length", prompt_length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
-    request = checked(model, [[0] * prompt_length] * batch, max_new_tokens, sampling, (), None)
-    leaves, programs = compiled_for(model, request.filters, Record(logprobs=logprobs, routed_experts=routed_experts))
+    require_model(model)
+    counts = (("batch", batch), ("prompt_length", prompt_length), ("max_new_tokens", max_new_tokens))
+    for name, value in counts:
+        require_count(name, value)
+    require_context(model, prompt_length, max_new_tokens)  # before there is a list of so many tokens
+    one = checked(model, [[0] * prompt_length], max_new_tokens, sampling, (), None)
+    leaves, programs = compiled_for(model, one.filters, Record(logprobs=logprobs, routed_experts=routed_experts))
+    require_room(programs, leaves, model.layout, batch=batch, capacity=one.capacity)  # and one of so many prompts
+    request = checked(model, one.prompts * batch, max_new_tokens, sampling, (), None)
     started_s = time.perf_counter()
     with status("Compiling"), model.on_mesh():
         cache = _cache_of(model, programs, leaves, request)

@@ -100,8 +100,9 @@ def load(
       ValueError: the architecture is unknown, its config asks for something unsupported, or the files do not hold exactly the
         model's tensors (everything wrong in one message); or the mesh does not divide the model.
     """
+    _require_dtype(dtype)  # before anything is downloaded
     layout = _layout(mesh, strategy=strategy, attention=attention, capacity_factor=capacity_factor)
-    directory = BUNDLED.get(str(path_or_id)) or hub.resolve(path_or_id)
+    directory = BUNDLED.get(str(path_or_id)) or hub.resolve(_path(path_or_id, "a directory or a hub id"))
     hf_config = _read_json(directory / "config.json")
     plan = _planned(hf_config, str(path_or_id), dtype, layout)
     rules = plan.family.rules(plan.config)
@@ -123,8 +124,9 @@ def load_orbax(
     Raises:
       ValueError: as `load`.
     """
+    _require_dtype(dtype)
     layout = _layout(mesh, strategy=strategy, attention=attention, capacity_factor=capacity_factor)
-    directory = Path(directory)
+    directory = _path(directory)
     hf_config = orbax.read_orbax_config(directory)
     plan = _planned(hf_config, str(directory), dtype, layout)
     loaded = orbax.load_orbax(directory, plan.to_load)
@@ -145,7 +147,7 @@ def save(model: Model, directory: str | Path, *, overwrite: bool = False) -> Non
     config["dtype"] = str(next(iter(stored.values())).dtype)
     config.pop("torch_dtype", None)
     save_parameters(
-        Path(directory),
+        _path(directory),
         stored,
         family.rules(model.config),
         config=config,
@@ -164,12 +166,24 @@ def save_orbax(model: Model, directory: str | Path, *, overwrite: bool = False) 
       ValueError: the directory exists and is not empty.
     """
     orbax.save_orbax(
-        directory,
+        _path(directory),
         _stored(model),
         dict(model.hf_config),
         tokenizer_files=model.tokenizer.files() if model.tokenizer else (),
         overwrite=overwrite,
     )
+
+
+def _require_dtype(dtype: Any) -> None:
+    """Raises `ValueError` for a dtype that models do not come in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _path(path: Any, wanted: str = "a directory") -> Path:
+    if not isinstance(path, str | Path):
+        raise ValueError(f"expected {wanted}, got {path!r}")
+    return Path(path)
 
 
 def parameters(module: nnx.Module) -> dict[str, jax.Array]:
@@ -207,6 +221,11 @@ def _named(state: Any) -> dict[str, Any]:
 
 def _layout(mesh: Mesh | str | None, **choices: Any) -> sharding.Layout | None:
     given = [f"{name}={value!r}" for name, value in choices.items() if value is not None]
+    for name in ("strategy", "attention"):
+        if not isinstance(choices[name], str | None) or choices[name] == "":
+            raise ValueError(f"expected {name} to be a name, or None for the default, got {choices[name]!r}")
+    if mesh is not None and not isinstance(mesh, str | Mesh):
+        raise ValueError(f'expected mesh to be sizes like "ep=4,tp=2" or a jax.sharding.Mesh, got {mesh!r}')
     if mesh is None:
         if given:
             raise ValueError(f'expected a mesh beside {", ".join(given)}, got mesh=None: pass for example mesh="ep=2"')
@@ -242,8 +261,6 @@ class _Plan:
 
 def _planned(hf_config: dict[str, Any], name: str, dtype: str, layout: sharding.Layout | None) -> _Plan:
     """Refuses what is not supported, is not divided by the mesh, or does not fit."""
-    if dtype not in DTYPES:
-        raise ValueError(f"expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}")
     family = models.family_of(hf_config)
     config = family.Config.from_hf(hf_config)
     graph, abstract = abstract_parameters(family, config, dtype=dtype)
@@ -298,13 +315,18 @@ def _places(layout: sharding.Layout, abstract) -> dict[str, sharding.Placement]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        keys = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(
             f"expected a Hugging Face checkpoint with a config.json, got {path.parent} without one"
         ) from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ValueError(f"expected {path} to be a file that can be read, got: {error}") from None
+    except ValueError as error:  # no JSON, or no text
         raise ValueError(f"expected {path} to be JSON, got: {error}") from None
+    if not isinstance(keys, dict):
+        raise ValueError(f"expected {path} to be a JSON object, got a {type(keys).__name__}")
+    return keys
 
 
 def _stop_token_ids(directory: Path, config: Any) -> tuple[int, ...]:

@@ -37,6 +37,11 @@ class Record:
     logprobs: bool = False
     routed_experts: bool = False
 
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not isinstance(value, bool):
+                raise ValueError(f"expected {name} to be True or False, got {value!r}")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -200,13 +205,18 @@ def empty_cache(programs: Programs, leaves, layout: Layout | None, *, batch: int
     Raises:
       ValueError: it does not fit in memory.
     """
+    require_room(programs, leaves, layout, batch=batch, capacity=capacity)
+    return programs.empty_cache(leaves, batch=batch, capacity=capacity)
+
+
+def require_room(programs: Programs, leaves, layout: Layout | None, *, batch: int, capacity: int) -> None:
+    """Raises `ValueError` where such a cache does not fit in memory."""
     make = functools.partial(programs.empty_cache, leaves, batch=batch, capacity=capacity)
     memory.require(
         [_placed(leaf, layout) for leaf in jax.tree.leaves(jax.eval_shape(make))],
         what=f"the cache of {batch} requests x {capacity} positions",
         remedy="generate for fewer requests at once, or fewer max_new_tokens",
     )
-    return make()
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, layout: Layout | None) -> jax.ShapeDtypeStruct:

@@ -36,6 +36,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+                raise ValueError(f"Sampling: expected {name} to be a number, got {value!r}")
         ranges = {
             "temperature": (0 <= self.temperature < math.inf, "a number of at least 0 (0 is greedy)"),
             "top_k": (self.top_k is None or (_is_whole(self.top_k) and self.top_k >= 1), "None or at least 1"),
@@ -126,7 +130,8 @@ def _only_likeliest(logits_BV, sampling: SamplingArrays):
     sorted_BV = jnp.where(ranks_V < sampling.top_k_B[:, None], sorted_BV, -jnp.inf)
     probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-    is_kept_BV = (before_BV < sampling.top_p_B[:, None]) & (sorted_BV > -jnp.inf)
+    is_within_BV = (before_BV < sampling.top_p_B[:, None]) | (ranks_V == 0)  # a p that float32 rounds to 0 keeps one
+    is_kept_BV = is_within_BV & (sorted_BV > -jnp.inf)
     least_B1 = jnp.min(jnp.where(is_kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
 

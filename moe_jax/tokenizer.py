@@ -41,7 +41,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the checkpoint puts around a text."""
-        return list(self._tokenizer.encode(text))
+        return list(self._tokenizer.encode(text, verbose=False))  # what is too long is refused, in our words
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -59,7 +59,7 @@ class Tokenizer:
                 "use `moe-jax generate` or a chat- or instruction-tuned checkpoint"
             )
         text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 @contextlib.contextmanager

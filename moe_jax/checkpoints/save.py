@@ -70,10 +70,12 @@ def replaced(directory: Path, *, overwrite: bool, is_primary: bool = True) -> It
     the directories.
 
     Raises:
-      ValueError: there is something under that name already, and it may not be overwritten.
+      ValueError: there is something under that name already that may not be overwritten, or nothing can be written there.
     """
     directory = directory.absolute()
-    if not overwrite and directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"expected {directory} to be a directory or nothing yet, got a file: choose another name")
+    if not overwrite and directory.exists() and any(directory.iterdir()):
         raise ValueError(
             f"expected {directory} to be a new or empty directory, got one that is neither: "
             "choose another name or pass overwrite=True"
@@ -83,7 +85,10 @@ def replaced(directory: Path, *, overwrite: bool, is_primary: bool = True) -> It
         yield incomplete
         return
     shutil.rmtree(incomplete, ignore_errors=True)
-    incomplete.mkdir(parents=True)
+    try:
+        incomplete.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"expected a directory that can be written, got {directory}: {error}") from None
     try:
         yield incomplete
         if directory.exists():

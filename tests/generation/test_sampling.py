@@ -46,6 +46,11 @@ def test_frequencies(sampling, want):
     np.testing.assert_allclose(drawn(sampling), want, atol=0.04)
 
 
+def test_a_top_p_that_float32_rounds_to_zero_keeps_the_likeliest():
+    frequencies = drawn(Sampling(temperature=1.0, top_p=1e-45), draws=8, probabilities=PROBABILITIES[::-1])
+    assert frequencies.tolist() == [0, 0, 0, 0, 1]
+
+
 def test_repetition_penalty_is_hugging_faces():
     filters, arrays = batched([Sampling(repetition_penalty=2.0)], 4)
     logits_BV = jnp.array([[3.0, 2.0, -1.0, -1.5]])
