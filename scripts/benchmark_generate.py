@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -45,6 +46,7 @@ STUDENT_MODEL, STUDENT_PROMPT = "tinymistral-6x248m", 10
 LONGEST_ROUNDS_S = 1.5  # no further round of a measurement after that
 LONGEST_POINT_S = 180  # a kernel that never ends is ended with its process
 LARGEST_MODEL, LARGE_CACHE_BYTES, LARGE_CACHE_POSITIONS = "mixtral-8x7b", 16e9, 4096
+INTERRUPTED = 130  # exit status after Ctrl-C
 HF_VARIANTS = ("grouped_mm", "batched_mm", "eager", "compiled")
 
 
@@ -351,6 +353,7 @@ def line(record: dict[str, Any]) -> str:
 
 def work(point: Point, config: dict[str, Any], flags: argparse.Namespace, parent: Connection) -> None:
     """A process: compiles, says so with None, waits for the word to measure, and sends records."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent tells; it ends this process
     sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
     @contextlib.contextmanager
@@ -388,11 +391,12 @@ def run(
 
     While one is timed the others stand still: a step of a small model is shorter than their turns on the host's cores.
     Of the points that are compiled the first goes next, alone on the device. Ends at the deadline, whatever is left.
+    No process outlives the call, however it ends: those that stand still would not hear of the parent's end.
     """
     from pallas_kernels import timing
 
     spawn = multiprocessing.get_context("spawn")
-    waiting, compiling, ready, records = list(points), [], [], []
+    waiting, started, compiling, ready, records = list(points), [], [], [], []
 
     def start_more() -> None:
         while waiting and len(compiling) + len(ready) < flags.processes:
@@ -401,7 +405,8 @@ def run(
             process = spawn.Process(target=work, args=(point, configs[point.model], flags, theirs), daemon=True)
             process.start()
             theirs.close()
-            compiling.append(Worker(point, process, ours))
+            started.append(Worker(point, process, ours))
+            compiling.append(started[-1])
 
     def keep(record: dict[str, Any]) -> None:
         print(line(record), flush=True)
@@ -425,7 +430,7 @@ def run(
             compiling.remove(worker)
             try:
                 failed = received(worker)
-            except EOFError:
+            except (EOFError, ConnectionError):
                 failed = worker.point.record() | {"error": "its process died while it compiled"}
             if failed is None:
                 ready.append(worker)
@@ -439,9 +444,9 @@ def run(
                 os.kill(worker.process.pid, what)
 
     def measure(worker: Worker) -> None:
-        count = len(records)
-        worker.pipe.send("measure")
-        with contextlib.suppress(EOFError):
+        before = len(records)
+        with contextlib.suppress(EOFError, ConnectionError):
+            worker.pipe.send("measure")
             while True:
                 message = received(worker)
                 if message == BEGIN_QUIET:
@@ -453,8 +458,12 @@ def run(
                     keep(message)
         signal_others(signal.SIGCONT)
         worker.process.join()  # its memory is free then
-        if len(records) == count:
-            keep(worker.point.record() | {"error": f"its process died, exit code {worker.process.exitcode}"})
+        made, died = len(records) - before, f"its process died, exit code {worker.process.exitcode}"
+        if not made:
+            keep(worker.point.record() | {"error": died})
+        elif worker.process.exitcode and made <= len(worker.point.baselines):
+            lost = worker.point.baselines[made - 1]  # and those after it
+            keep(worker.point.record() | {"kind": "baseline", "variant": lost, "error": died})
 
     try:
         while left_s() and (waiting or compiling or ready):
@@ -465,12 +474,50 @@ def run(
                 measure(ready.pop(0))
     except TimeoutError:
         print("--seconds are over while one measured: its record is lost", flush=True)
+    finally:
+        for worker in started:
+            worker.process.kill()
     left = [worker.point for worker in (*ready, *compiling)] + waiting
     if left:
         print(f"{len(left)} points left out, --seconds are over: {', '.join(map(str, left))}", flush=True)
-    for worker in (*ready, *compiling):
-        worker.process.kill()
     return records
+
+
+def measured(points: list[Point], configs: dict[str, dict[str, Any]], flags: argparse.Namespace) -> int:
+    """`run` within --seconds, as a script's exit status: 0 if there is a record of every point and none failed."""
+    deadline_s = time.monotonic() + flags.seconds
+    if not points:
+        raise SystemExit("expected at least one point to measure, got none: name --batches or --prefills")
+    require_writable(flags.output)
+    try:
+        records = run(points, configs, flags, deadline_s)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what was measured is in {flags.output}", file=sys.stderr)
+        return INTERRUPTED
+    return int(any("error" in record for record in records) or len(records) < len(points))
+
+
+def require_writable(path: pathlib.Path) -> None:
+    """Ends the script if records cannot be appended: now, not after minutes of measuring."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise SystemExit(f"expected --output to be a file that can be written, got {path}: {error}") from None
+
+
+def config_at(path: pathlib.Path) -> dict[str, Any]:
+    """The decoder's config.json at a path; ends the script if there is none that can be measured."""
+    from moe_jax import models
+
+    try:
+        config = json.loads(path.read_text())
+        known = models.family_of(config).Config.from_hf(config)
+    except (OSError, ValueError, AttributeError) as error:
+        raise SystemExit(f"expected {path} to be the config.json of a supported model, got: {error}") from None
+    if not hasattr(known, "num_experts_per_tok"):
+        raise SystemExit(f"expected {path} to be of a decoder, got an encoder-decoder ({config['model_type']})")
+    return config
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -478,23 +525,49 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=[path.stem for path in CONFIGS.iterdir()])
     parser.add_argument("--config", type=pathlib.Path, help="a config.json to measure instead of --models")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--batches", nargs="*", type=count, default=list(BATCHES))
+    parser.add_argument("--prompt", type=count, default=128)
+    parser.add_argument("--new-tokens", type=two_or_more, default=128)
     parser.add_argument("--prefills", nargs="*", type=shape, default=list(PREFILLS), metavar="BATCHxLENGTH")
     parser.add_argument("--baseline", choices=("hf",), help="also run transformers (needs torch)")
     parser.add_argument("--hf-variants", nargs="+", choices=HF_VARIANTS, default=list(HF_VARIANTS))
-    parser.add_argument("--hf-seconds", type=float, default=6.0, help="longest that one of its generations runs")
+    parser.add_argument("--hf-seconds", type=seconds, default=6.0, help="longest that one of its generations runs")
     parser.add_argument("--again", action="store_true", help="measure what has its line too")
-    parser.add_argument("--seconds", type=float, default=900.0, help="end after this long, whatever is left")
-    parser.add_argument("--processes", type=int, default=max(2, (os.cpu_count() or 2) - 3), help="that compile at once")
+    parser.add_argument("--seconds", type=seconds, default=900.0, help="end after this long, whatever is left")
+    parser.add_argument(
+        "--processes", type=count, default=max(2, (os.cpu_count() or 2) - 3), help="that compile at once"
+    )
     parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/generate.jsonl by default")
     return parser.parse_args(arguments)
 
 
+def count(text: str, least: int = 1) -> int:
+    """A flag's whole number of at least `least`."""
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    return int(text)
+
+
+def two_or_more(text: str) -> int:
+    """New tokens: the time per token is a difference."""
+    return count(text, least=2)
+
+
+def seconds(text: str) -> float:
+    """A flag's time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return value
+
+
 def shape(text: str) -> tuple[int, int]:
+    """A flag's batch and length, such as 8x2048."""
     batch, _, length = text.partition("x")
-    return int(batch), int(length)
+    return count(batch), count(length)
 
 
 def prepare() -> None:
@@ -514,16 +587,16 @@ def main() -> int:
     from pallas_kernels import timing
 
     flags = parsed()
-    deadline_s = time.monotonic() + flags.seconds
     prepare()
     flags.output = flags.output or timing.results_path("generate.jsonl")
     paths = [flags.config] if flags.config else [CONFIGS / f"{name}.json" for name in flags.models]
-    configs = {path.stem: json.loads(path.read_text()) for path in paths}
+    configs = {path.stem: config_at(path) for path in paths}
     points = in_order([point for name, config in configs.items() for point in points_of(name, config, flags)], configs)
-    if not flags.again:
-        points = not_measured(points, flags.dtype, timing.records_of_here(flags.output))
-    records = run(points, configs, flags, deadline_s)
-    return int(any("error" in record for record in records) or len(records) < len(points))
+    left = points if flags.again else not_measured(points, flags.dtype, timing.records_of_here(flags.output))
+    if points and not left:
+        print(f"every point has its line in {flags.output}: --again measures them anew")
+        return 0
+    return measured(left, configs, flags)
 
 
 if __name__ == "__main__":

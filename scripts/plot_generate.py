@@ -30,10 +30,22 @@ GAPS = "gaps"
 
 def read(path: pathlib.Path) -> list[Record]:
     """The records of a file without errors; none where there is no file."""
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [record for record in records if "error" not in record]
+    return [record for record in lines_of(path) if "error" not in record]
+
+
+def lines_of(path: pathlib.Path) -> list[Record]:
+    """All records of a file, those of errors too; none where there is no file.
+
+    Raises:
+      ValueError: a line is not a whole record, as where a run was killed while it wrote.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}: {error}") from None
+    return records
 
 
 def last(records: Iterable[Record], *keys: str) -> dict[tuple, Record]:
@@ -212,8 +224,7 @@ def names(records: list[Record]) -> list[str]:
 
 def failed_lines(path: pathlib.Path) -> list[str]:
     """Points whose last record is an error, so that nothing is missing in silence."""
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    latest = last(records, *KEYS).values()
+    latest = last(lines_of(path), *KEYS).values()
     return [
         f"- {record['model']}, {record.get('variant', record['kind'])}, {record['batch']} x {record['prompt']}: "
         f"{record['error']}"
@@ -352,9 +363,11 @@ def operators_picture(profiles: list[Record], path: pathlib.Path) -> None:
     colours = dict(zip(operators, OPERATOR_COLOURS, strict=False)) | {GAPS: "#e5e8eb"}
     for row, profile in enumerate(profiles):
         left = 0.0
+        kernels_us = sum(us for name, us in profile["operators_us"].items() if name != GAPS)
+        whole_us = max(profile["step_us"], kernels_us)  # kernels that overlap take longer than the step together
         for name in (*operators, GAPS):
             us = max(0.0, profile["operators_us"].get(name, 0.0))
-            share = 100 * us / profile["step_us"]
+            share = 100 * us / whole_us
             label = name if row == 0 or all(name not in each["operators_us"] for each in profiles[:row]) else None
             panel.barh(row, share, left=left, height=0.62, color=colours.get(name, "#444"), label=label)
             if share > 4:

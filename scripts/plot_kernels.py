@@ -9,9 +9,13 @@ than once, the last counts, and of each baseline.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
+import sys
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from plot_generate import lines_of
 
 from pallas_kernels import timing
 
@@ -34,8 +38,7 @@ def read(path: pathlib.Path) -> Records:
       ValueError: there are none.
     """
     records: Records = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
+    for record in lines_of(path):
         if "error" not in record:
             by_tokens = records.setdefault(record["shape"], {})
             earlier = by_tokens.get(record["tokens"], {})

@@ -12,7 +12,6 @@ scripts/plot_generate.py makes a table and a picture of it.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from benchmark_generate import CONFIGS, prepare
+from benchmark_generate import CONFIGS, config_at, count, prepare, require_writable
 
 STEPS = 32  # profiled
 NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}
@@ -59,20 +58,22 @@ def main() -> int:
     parser.add_argument("--model", default="tinymistral-6x248m", choices=[path.stem for path in CONFIGS.iterdir()])
     parser.add_argument("--config", type=pathlib.Path, help="a config.json to profile instead of --model")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--batch", type=count, default=1)
+    parser.add_argument("--prompt", type=count, default=128)
     parser.add_argument("--trace", type=pathlib.Path, help="folder for the trace of the program as it is")
     parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/profile.jsonl by default")
     flags = parser.parse_args()
     prepare()
+    path = flags.config or CONFIGS / f"{flags.model}.json"
+    config = config_at(path)
 
     import jax
 
     from moe_jax import profiling, testing
     from pallas_kernels import timing
 
-    path = flags.config or CONFIGS / f"{flags.model}.json"
-    config = json.loads(path.read_text())
+    output = flags.output or timing.results_path("profile.jsonl")
+    require_writable(output)
     abstract = testing.abstract_model(config, dtype=flags.dtype)
     shape = dict(batch=flags.batch, prompt=flags.prompt, new_tokens=4 * STEPS)
     program = profiling.compile_generate(abstract, **shape)
@@ -98,7 +99,7 @@ def main() -> int:
         "operators_us": {name: round(time_us, 2) for name, time_us in operators.items()},
         "kernels": rows,
     }
-    timing.append_record(flags.output or timing.results_path("profile.jsonl"), record)
+    timing.append_record(output, record)
     print(table(record))
     for row in rows[:40]:
         print(*row)

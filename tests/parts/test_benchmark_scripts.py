@@ -5,7 +5,10 @@ import functools
 import importlib.util
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -242,6 +245,78 @@ def test_a_point_that_fails_leaves_the_others(tmp_path, load_script, capfd, monk
     assert len(records(tmp_path / "out.jsonl")) == 2
     assert script.run(points, {"tiny": CONFIG}, flags, deadline_s=0.0) == []
     assert "2 points left out, --seconds are over" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("benchmark_generate", ["--batches", "0"], "expected a whole number of at least 1, got '0'"),
+        ("benchmark_generate", ["--new-tokens", "1"], "expected a whole number of at least 2, got '1'"),
+        ("benchmark_generate", ["--prefills", "8"], "expected a whole number of at least 1, got ''"),
+        ("benchmark_generate", ["--processes", "0"], "expected a whole number of at least 1, got '0'"),
+        ("benchmark_generate", ["--seconds", "nan"], "expected seconds above 0, got 'nan'"),
+        (
+            "benchmark_generate",
+            ["--config", "nowhere.json"],
+            "expected nowhere.json to be the config.json of a supported",
+        ),
+        (
+            "benchmark_generate",
+            ["--models", "gpt-oss-20b"],
+            "gpt-oss-20b.json to be the config.json of a supported model",
+        ),
+        ("benchmark_generate", ["--batches", "--prefills", "--models", "olmoe-1b-7b"], "expected at least one point"),
+        ("benchmark_generate", ["--output", "/dev/null/a"], "expected --output to be a file that can be written"),
+        ("experts_sweep", ["--experts", "0"], "expected a whole number of at least 1, got '0'"),
+        ("experts_sweep", ["--config", str(ROOT / "configs/olmoe-1b-7b.json")], "expected --config to be a mixtral"),
+        ("profile_step", ["--batch", "-1"], "expected a whole number of at least 1, got '-1'"),
+        ("profile_step", ["--output", "/dev/null/a"], "expected --output to be a file that can be written"),
+    ],
+)
+def test_wrong_flags_end_a_script_before_it_measures(name, arguments, message, load_script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    script = load_script(name)
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert message in capsys.readouterr().err + str(ended.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_control_c_ends_a_benchmark_and_its_processes(tmp_path, config_path):
+    output = tmp_path / "out.jsonl"
+    command = [sys.executable, SCRIPTS / "benchmark_generate.py", "--config", config_path, "--output", output]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline_s = time.monotonic() + 90
+        while len(children(process.pid)) < 3 and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        started = children(process.pid)
+        assert len(started) >= 3, "multiprocessing's own, and two that compile"
+        os.kill(started[-1], signal.SIGSTOP)  # as those that wait for another to be timed
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"stopped; what was measured is in {output}" in stderr
+    while (left := [child for child in started if is_running(child)]) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not left
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # dead, and nobody asked
+    except OSError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_line_that_is_not_whole_is_told(tmp_path, load_script):
+    (tmp_path / "generate.jsonl").write_text('{"kind": "decode"}\n{"kind": "pre')
+    with pytest.raises(ValueError, match=r"generate.jsonl, line 2: expected a JSON object, got '{\"kind\": \"pre'"):
+        load_script("plot_generate").read(tmp_path / "generate.jsonl")
 
 
 def test_the_most_telling_points_come_first(load_script):
