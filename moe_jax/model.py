@@ -19,6 +19,7 @@ import sharding
 from moe_jax import memory, models
 from moe_jax.checkpoints import hub, load_parameters, orbax, save_parameters
 from moe_jax.layers.moe import MoE
+from moe_jax.models.hf_config import as_token_ids
 from moe_jax.tokenizer import Tokenizer
 
 BUNDLED = {"shakespeare": Path(__file__).parent / "bundled" / "shakespeare"}
@@ -104,10 +105,10 @@ def load(
     layout = _layout(mesh, strategy=strategy, attention=attention, capacity_factor=capacity_factor)
     directory = BUNDLED.get(str(path_or_id)) or hub.resolve(_path(path_or_id, "a directory or a hub id"))
     hf_config = _read_json(directory / "config.json")
-    plan = _planned(hf_config, str(path_or_id), dtype, layout)
+    plan = _planned(directory, hf_config, str(path_or_id), dtype, layout)
     rules = plan.family.rules(plan.config)
     loaded = load_parameters(directory, plan.to_load, rules, check_finite=check_finite)
-    return _ready(plan, loaded, directory, hf_config, str(path_or_id))
+    return _ready(plan, loaded, hf_config, str(path_or_id))
 
 
 def load_orbax(
@@ -128,9 +129,9 @@ def load_orbax(
     layout = _layout(mesh, strategy=strategy, attention=attention, capacity_factor=capacity_factor)
     directory = _path(directory)
     hf_config = orbax.read_orbax_config(directory)
-    plan = _planned(hf_config, str(directory), dtype, layout)
+    plan = _planned(directory, hf_config, str(directory), dtype, layout)
     loaded = orbax.load_orbax(directory, plan.to_load)
-    return _ready(plan, loaded, directory, hf_config, str(directory))
+    return _ready(plan, loaded, hf_config, str(directory))
 
 
 def save(model: Model, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -246,6 +247,8 @@ class _Plan:
     layout: sharding.Layout | None
     places: Mapping[str, sharding.Placement] | None
     to_load: Mapping[str, jax.ShapeDtypeStruct]
+    tokenizer: Tokenizer | None
+    stop_token_ids: tuple[int, ...]
 
     def module(self, loaded: dict[str, jax.Array]) -> nnx.Module:
         """The model of what was loaded; `loaded` is emptied on the way, so that nothing is there twice."""
@@ -259,8 +262,10 @@ class _Plan:
         return module
 
 
-def _planned(hf_config: dict[str, Any], name: str, dtype: str, layout: sharding.Layout | None) -> _Plan:
-    """Refuses what is not supported, is not divided by the mesh, or does not fit."""
+def _planned(
+    directory: Path, hf_config: dict[str, Any], name: str, dtype: str, layout: sharding.Layout | None
+) -> _Plan:
+    """Refuses what is not supported, is not divided by the mesh, does not fit, or cannot be read beside the weights."""
     family = models.family_of(hf_config)
     config = family.Config.from_hf(hf_config)
     graph, abstract = abstract_parameters(family, config, dtype=dtype)
@@ -279,18 +284,19 @@ def _planned(hf_config: dict[str, Any], name: str, dtype: str, layout: sharding.
     ]
     remedy = 'use dtype="bfloat16", or split it over more devices with mesh="ep=2"'
     memory.require(kept, what=f"{name} in {dtype}", remedy=remedy)
-    return _Plan(family, config, graph, layout, places, to_load)
+    tokenizer = Tokenizer(directory) if Tokenizer.is_in(directory) else None
+    return _Plan(
+        family, config, graph, layout, places, to_load, tokenizer, stop_token_ids=_stop_token_ids(directory, config)
+    )
 
 
-def _ready(
-    plan: _Plan, loaded: dict[str, jax.Array], directory: Path, hf_config: Mapping[str, Any], name: str
-) -> Model:
+def _ready(plan: _Plan, loaded: dict[str, jax.Array], hf_config: Mapping[str, Any], name: str) -> Model:
     return Model(
         module=plan.module(loaded),
         config=plan.config,
         hf_config=hf_config,
-        tokenizer=Tokenizer(directory) if Tokenizer.is_in(directory) else None,
-        stop_token_ids=_stop_token_ids(directory, plan.config),
+        tokenizer=plan.tokenizer,
+        stop_token_ids=plan.stop_token_ids,
         name=name,
         layout=plan.layout,
     )
@@ -333,6 +339,4 @@ def _stop_token_ids(directory: Path, config: Any) -> tuple[int, ...]:
     """generation_config.json knows best (chat checkpoints list several there); else the config."""
     path = directory / "generation_config.json"
     ids = _read_json(path).get("eos_token_id") if path.exists() else None
-    if ids is None:
-        return config.eos_token_id
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    return config.eos_token_id if ids is None else as_token_ids(ids, f"eos_token_id in {path}")

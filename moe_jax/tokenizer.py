@@ -14,14 +14,23 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer, read by transformers; imported on first use because that takes a second or two."""
+    """A checkpoint's tokenizer, read by transformers; imported on first use because that takes a second or two.
+
+    Raises:
+      ValueError: transformers cannot read it.
+    """
 
     def __init__(self, directory: Path):
         self._directory = directory
         with _quiet():
             from transformers import AutoTokenizer
 
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            try:
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+            except Exception as error:  # whatever its many readers raise
+                raise ValueError(
+                    f"expected a tokenizer that transformers can read in {directory}, got {type(error).__name__}: {error}"
+                ) from error
 
     @staticmethod
     def is_in(directory: Path) -> bool:

@@ -123,6 +123,8 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     Raises:
       CheckpointError: the header cannot be read.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path.name}: {'not a file' if path.exists() else 'missing file'}")
     size_bytes = path.stat().st_size
     with open(path, "rb") as file:
         length_bytes = file.read(8)
@@ -187,12 +189,8 @@ def _read_shards(directory: Path, weight_map: Mapping[str, str]) -> Contents:
     for shard in sorted(set(weight_map.values())):
         try:
             found, byte_problems = read_header(directory / shard)
-        except FileNotFoundError:
-            problems.append(f"{shard}: missing file, listed by {INDEX}")
-            unread.add(shard)
-            continue
         except CheckpointError as error:
-            problems.append(str(error))
+            problems.append(f"{error}, listed by {INDEX}")
             unread.add(shard)
             continue
         problems += byte_problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -30,6 +31,18 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "relu": "relu",
 }
+
+
+def as_token_ids(value: Any, what: str) -> tuple[int, ...]:
+    """One token id or a list of them, as files write them, as a tuple.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(each, int) and not isinstance(each, bool) and abs(each) < 2**31 for each in ids):
+        raise ValueError(f"expected {what} to be a token id or a list of them, got {value!r}")
+    return ids
 
 
 class HFConfig:
@@ -63,14 +76,30 @@ class HFConfig:
         """Whether the key is there at all, be it null."""
         return name in self._keys
 
-    def positive(self, name: str, default: Any = ..., *aliases: str) -> int:
-        """A whole number of at least 1."""
+    def positive(self, name: str, default: Any = ..., *aliases: str, most: int | None = None) -> int:
+        """A whole number of at least 1, and of at most `most`."""
         value = self.take(name, default, *aliases)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"{self.model_type}: expected config key {name!r} to be a whole number of at least 1, got {value!r}"
-            )
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+            bound = "of at least 1" if most is None else f"from 1 to {most}"
+            raise self._unexpected(name, f"a whole number {bound}", value)
         return value
+
+    def number(self, name: str, default: float) -> float:
+        """A finite number above 0."""
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self._unexpected(name, "a number above 0", value)
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise self._unexpected(name, "true or false", value)
+        return value
+
+    def _unexpected(self, name: str, expected: str, value: Any) -> ValueError:
+        return ValueError(f"{self.model_type}: expected config key {name!r} to be {expected}, got {value!r}")
 
     def irrelevant(self, *names: str) -> None:
         """Names keys that this family's Hugging Face code reads in training only, or not at all."""
@@ -86,17 +115,19 @@ class HFConfig:
     def activation(self, name: str = "hidden_act", default: str = "silu") -> Activation:
         """The activation, in the words of `pallas_kernels.experts`."""
         value = self.take(name, default)
-        if value not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
-            raise ValueError(f"{self.model_type}: expected config key {name!r} to be one of {known}, got {value!r}")
+        if not isinstance(value, str) or value not in _ACTIVATIONS:
+            raise self._unexpected(name, f"one of {', '.join(_ACTIVATIONS)}", value)
         return _ACTIVATIONS[value]
 
     def rope(self, *, head_dim: int, max_position_embeddings: int, default_theta: float) -> Rope:
         """The rotary embedding, from `rope_parameters` or from `rope_scaling` and `rope_theta`."""
-        theta = self.take("rope_theta", default_theta)
+        theta = self.number("rope_theta", default_theta)
         self.refuse("partial_rotary_factor", unless=(1, 1.0), why="this family rotates whole heads")
         parameters = self.take("rope_parameters", None)
         scaling = self.take("rope_scaling", None)
+        for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+            if not isinstance(value, dict | None):
+                raise self._unexpected(name, "an object, or null", value)
         try:
             return Rope.from_hf(
                 scaling or parameters,
@@ -109,8 +140,7 @@ class HFConfig:
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """One token id, several, or none: always a tuple."""
-        value = self.take(name, ())
-        return (value,) if isinstance(value, int) else tuple(value)
+        return as_token_ids(self.take(name, ()), f"{self.model_type}: config key {name!r}")
 
     def finish(self) -> None:
         """Refuses the config if a key was neither read nor named.

@@ -45,6 +45,7 @@ class Config:
         hf = HFConfig(keys, "mixtral")
         hidden_size, num_heads = hf.positive("hidden_size", 4096), hf.positive("num_attention_heads", 32)
         head_dim = hf.positive("head_dim", hidden_size // num_heads)
+        num_experts = hf.positive("num_local_experts", 8, "num_experts")
         max_position_embeddings = hf.positive("max_position_embeddings", 4096 * 32)
         config = cls(
             vocab_size=hf.positive("vocab_size", 32000),
@@ -55,11 +56,11 @@ class Config:
             num_key_value_heads=hf.positive("num_key_value_heads", num_heads if hf.has("num_key_value_heads") else 8),
             head_dim=head_dim,
             hidden_act=hf.activation(),
-            rms_norm_eps=hf.take("rms_norm_eps", 1e-5),
-            tie_word_embeddings=hf.take("tie_word_embeddings", False),
-            sliding_window=hf.take("sliding_window", None),
-            num_experts_per_tok=hf.positive("num_experts_per_tok", 2),
-            num_local_experts=hf.positive("num_local_experts", 8, "num_experts"),
+            rms_norm_eps=hf.number("rms_norm_eps", 1e-5),
+            tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+            sliding_window=hf.positive("sliding_window") if hf.take("sliding_window", None) is not None else None,
+            num_experts_per_tok=hf.positive("num_experts_per_tok", 2, most=num_experts),
+            num_local_experts=num_experts,
             rope=hf.rope(head_dim=head_dim, max_position_embeddings=max_position_embeddings, default_theta=1e6),
             eos_token_id=hf.token_ids("eos_token_id"),
         )

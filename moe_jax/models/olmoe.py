@@ -44,6 +44,7 @@ class Config:
     def from_hf(cls, keys: dict[str, Any]) -> Config:
         hf = HFConfig(keys, "olmoe")
         hidden_size, num_heads = hf.positive("hidden_size", 2048), hf.positive("num_attention_heads", 16)
+        num_experts = hf.positive("num_experts", 64, "num_local_experts")
         max_position_embeddings = hf.positive("max_position_embeddings", 4096)
         hf.refuse("head_dim", unless=(hidden_size // num_heads,), why="OLMoE's norms are as wide as the model")
         hf.refuse("sliding_window", unless=(), why="Hugging Face's OLMoE masks no window")
@@ -55,13 +56,13 @@ class Config:
             num_attention_heads=num_heads,
             num_key_value_heads=hf.positive("num_key_value_heads", num_heads),
             hidden_act=hf.activation(),
-            rms_norm_eps=hf.take("rms_norm_eps", 1e-5),
-            tie_word_embeddings=hf.take("tie_word_embeddings", False),
-            attention_bias=hf.take("attention_bias", False),
+            rms_norm_eps=hf.number("rms_norm_eps", 1e-5),
+            tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+            attention_bias=hf.flag("attention_bias", False),
             clip_qkv=hf.take("clip_qkv", None),
-            num_experts_per_tok=hf.positive("num_experts_per_tok", 8),
-            num_experts=hf.positive("num_experts", 64, "num_local_experts"),
-            norm_topk_prob=hf.take("norm_topk_prob", False),
+            num_experts_per_tok=hf.positive("num_experts_per_tok", 8, most=num_experts),
+            num_experts=num_experts,
+            norm_topk_prob=hf.flag("norm_topk_prob", False),
             rope=hf.rope(
                 head_dim=hidden_size // num_heads,
                 max_position_embeddings=max_position_embeddings,

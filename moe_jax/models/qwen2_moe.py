@@ -53,6 +53,7 @@ class Config:
         hidden_size, num_heads = hf.positive("hidden_size", 2048), hf.positive("num_attention_heads", 16)
         num_layers = hf.positive("num_hidden_layers", 24)
         head_dim = hf.positive("head_dim", hidden_size // num_heads)
+        num_experts = hf.positive("num_experts", 60)
         max_position_embeddings = hf.positive("max_position_embeddings", 32768)
         config = cls(
             vocab_size=hf.positive("vocab_size", 151936),
@@ -63,17 +64,17 @@ class Config:
             num_key_value_heads=hf.positive("num_key_value_heads", 16),
             head_dim=head_dim,
             hidden_act=hf.activation(),
-            rms_norm_eps=hf.take("rms_norm_eps", 1e-6),
-            tie_word_embeddings=hf.take("tie_word_embeddings", False),
-            qkv_bias=hf.take("qkv_bias", True),
+            rms_norm_eps=hf.number("rms_norm_eps", 1e-6),
+            tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+            qkv_bias=hf.flag("qkv_bias", True),
             windows=_windows(hf, num_layers),
             decoder_sparse_step=hf.positive("decoder_sparse_step", 1),
             mlp_only_layers=tuple(hf.take("mlp_only_layers", ())),
             moe_intermediate_size=hf.positive("moe_intermediate_size", 1408),
             shared_expert_intermediate_size=hf.positive("shared_expert_intermediate_size", 5632),
-            num_experts_per_tok=hf.positive("num_experts_per_tok", 4),
-            num_experts=hf.positive("num_experts", 60),
-            norm_topk_prob=hf.take("norm_topk_prob", False),
+            num_experts_per_tok=hf.positive("num_experts_per_tok", 4, most=num_experts),
+            num_experts=num_experts,
+            norm_topk_prob=hf.flag("norm_topk_prob", False),
             rope=hf.rope(head_dim=head_dim, max_position_embeddings=max_position_embeddings, default_theta=10_000.0),
             eos_token_id=hf.token_ids("eos_token_id"),
         )
@@ -83,7 +84,7 @@ class Config:
 
 def _windows(hf: HFConfig, num_layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer, None where a layer sees everything."""
-    is_used, window = hf.take("use_sliding_window", False), hf.take("sliding_window", 4096)
+    is_used, window = hf.flag("use_sliding_window", False), hf.take("sliding_window", 4096)
     max_window_layers, layer_types = hf.take("max_window_layers", 28), hf.take("layer_types", None)
     if layer_types is None:
         # Hugging Face's rule: even layers below max_window_layers.

@@ -50,6 +50,7 @@ class Config:
         hf = HFConfig(keys, "qwen3_moe")
         hidden_size, num_heads = hf.positive("hidden_size", 2048), hf.positive("num_attention_heads", 32)
         head_dim = hf.positive("head_dim", hidden_size // num_heads)
+        num_experts = hf.positive("num_experts", 128, "num_local_experts")
         max_position_embeddings = hf.positive("max_position_embeddings", 32768)
         # Written by Qwen's configs, read by no code: the window, where used, applies to every layer.
         hf.irrelevant("max_window_layers", "layer_types")
@@ -63,16 +64,16 @@ class Config:
             num_key_value_heads=hf.positive("num_key_value_heads", 4),
             head_dim=head_dim,
             hidden_act=hf.activation(),
-            rms_norm_eps=hf.take("rms_norm_eps", 1e-6),
-            tie_word_embeddings=hf.take("tie_word_embeddings", False),
-            attention_bias=hf.take("attention_bias", False),
-            sliding_window=window if hf.take("use_sliding_window", False) else None,
+            rms_norm_eps=hf.number("rms_norm_eps", 1e-6),
+            tie_word_embeddings=hf.flag("tie_word_embeddings", False),
+            attention_bias=hf.flag("attention_bias", False),
+            sliding_window=window if hf.flag("use_sliding_window", False) else None,
             decoder_sparse_step=hf.positive("decoder_sparse_step", 1),
             mlp_only_layers=tuple(hf.take("mlp_only_layers", ())),
             moe_intermediate_size=hf.positive("moe_intermediate_size", 768),
-            num_experts_per_tok=hf.positive("num_experts_per_tok", 8),
-            num_experts=hf.positive("num_experts", 128, "num_local_experts"),
-            norm_topk_prob=hf.take("norm_topk_prob", False),
+            num_experts_per_tok=hf.positive("num_experts_per_tok", 8, most=num_experts),
+            num_experts=num_experts,
+            norm_topk_prob=hf.flag("norm_topk_prob", False),
             rope=hf.rope(head_dim=head_dim, max_position_embeddings=max_position_embeddings, default_theta=10_000.0),
             eos_token_id=hf.token_ids("eos_token_id"),
         )

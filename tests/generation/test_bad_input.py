@@ -157,8 +157,46 @@ def test_load(directory, tmp_path):
     (copy / "config.json").write_text("{not json")
     with pytest.raises(ValueError, match="to be JSON"):
         moe_jax.load(copy)
+    (copy / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="to be a JSON object, got a list"):
+        moe_jax.load(copy)
     (copy / "config.json").unlink()
     with pytest.raises(ValueError, match=r"config\.json"):
+        moe_jax.load(copy)
+
+
+def test_what_lies_beside_the_weights_is_read_before_them(directory, tmp_path):
+    for name, text, message in (
+        ("tokenizer.json", "[]", "expected a tokenizer that transformers can read in .*broken"),
+        ("generation_config.json", '{"eos_token_id": 1.5}', "expected eos_token_id in .* to be a token id or a list"),
+    ):
+        broken = tmp_path / f"broken {name}"
+        shutil.copytree(directory, broken)
+        (broken / name).write_text(text)
+        (broken / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ValueError, match=message):
+            moe_jax.load(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_experts_per_tok=5), "'num_experts_per_tok' to be a whole number from 1 to 4, got 5"),
+        (dict(rms_norm_eps="x"), "'rms_norm_eps' to be a number above 0, got 'x'"),
+        (dict(rope_theta=0), "'rope_theta' to be a number above 0, got 0"),
+        (dict(rope_parameters=1.5), "'rope_parameters' to be an object, or null, got 1.5"),
+        (dict(tie_word_embeddings="no"), "'tie_word_embeddings' to be true or false, got 'no'"),
+        (dict(sliding_window=0), "'sliding_window' to be a whole number of at least 1, got 0"),
+        (dict(hidden_act=[]), r"'hidden_act' to be one of silu, .* got \[\]"),
+        (dict(eos_token_id=1.5), "'eos_token_id' to be a token id or a list of them, got 1.5"),
+    ],
+)
+def test_config_keys(directory, tmp_path, change, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(directory, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
         moe_jax.load(copy)
 
 
