@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ import moe_jax
 from moe_jax import description
 from moe_jax.program import NO_TOKEN
 
-INTERRUPTED = 130
+INTERRUPTED, PIPE_CLOSED = 130, 141  # as shells count signals: 128 and their number
 
 
 @dataclasses.dataclass
@@ -74,17 +75,18 @@ class Generate(Options):
     """Strings that end the text."""
 
     def run(self) -> None:
+        sampling = self.sampling()  # refused before the model is loaded
         model = self.load()
-        if not model.is_encoder_decoder:
-            print(self.prompt, end="", flush=True)
         pieces = moe_jax.stream(
             model,
             self.prompt,
             max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling(),
+            sampling=sampling,
             stop=self.stop,
             routed_experts=self.experts,
         )
+        if not model.is_encoder_decoder:
+            print(self.prompt, end="", flush=True)
         show(pieces, self.experts)
 
 
@@ -96,9 +98,11 @@ class Chat(Options):
     """The system message."""
 
     def run(self) -> None:
+        sampling = self.sampling()  # refused before the model is loaded
         model = self.load()
         if model.tokenizer is None:
             raise ValueError(f"expected a checkpoint with a tokenizer, got {self.model} without one")
+        model.tokenizer.require_chat_template()
         messages = [{"role": "system", "content": self.system}] if self.system else []
         while line := _asked("> "):
             messages.append({"role": "user", "content": line})
@@ -106,7 +110,7 @@ class Chat(Options):
                 model,
                 model.tokenizer.chat(messages),
                 max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling(),
+                sampling=sampling,
                 routed_experts=self.experts,
             )
             messages.append({"role": "assistant", "content": show(pieces, self.experts)})
@@ -195,6 +199,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read the text, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        sys.exit(PIPE_CLOSED)
     except ValueError as error:
         print(f"moe-jax: {error}", file=sys.stderr)
         sys.exit(2)

@@ -126,10 +126,6 @@ def _tokens_of(model: Model, text: str) -> list[int]:
         )
     if not text:
         raise ValueError("expected a prompt of at least one character, got an empty one")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair, as from bytes decoded with errors="surrogateescape"
-        raise ValueError(f"expected a prompt of valid Unicode, got one with {text[error.start]!r}: {error}") from None
     return model.tokenizer.encode(text)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
 TEMPLATE = "chat_template.jinja"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -49,8 +51,19 @@ class Tokenizer:
         return [self._directory / name for name in names if (self._directory / name).exists()]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the checkpoint puts around a text."""
-        return list(self._tokenizer.encode(text, verbose=False))  # what is too long is refused, in our words
+        """Token ids, with the special tokens that the checkpoint puts around a text.
+
+        Raises:
+          ValueError: the text is not valid Unicode.
+        """
+        return self._ids(text)
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, as of bytes decoded with errors="surrogateescape"
+            raise ValueError(f"expected text of valid Unicode, got {text[error.start]!r} in it: {error}") from None
+        return list(self._tokenizer.encode(text, verbose=False, **options))  # prompts too long are refused elsewhere
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -60,15 +73,22 @@ class Tokenizer:
         """Token ids of a conversation, ready for the assistant's next turn, by the checkpoint's chat template.
 
         Raises:
-          ValueError: the checkpoint has no chat template.
+          ValueError: the checkpoint has no chat template, or it takes no such conversation.
         """
+        self.require_chat_template()
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:  # such as of templates that know no system message
+            raise ValueError(f"the checkpoint's chat template refuses this conversation: {error}") from None
+        return self._ids(text, add_special_tokens=False)
+
+    def require_chat_template(self) -> None:
+        """Raises `ValueError` where the checkpoint has no chat template."""
         if not self._tokenizer.chat_template:
             raise ValueError(
                 "expected a checkpoint with a chat template, got one without: it was not trained for chat; "
                 "use `moe-jax generate` or a chat- or instruction-tuned checkpoint"
             )
-        text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 @contextlib.contextmanager

@@ -17,12 +17,17 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import tyro
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from flags import require_writable
 
 import moe_jax
 
@@ -67,6 +72,9 @@ def processor() -> str:
 
 
 def main(options: Options) -> None:
+    if options.repeats < 1:
+        raise SystemExit(f"expected --repeats of at least 1, got {options.repeats}")
+    require_writable(options.output)
     model = moe_jax.load("shakespeare", dtype=options.dtype)
     arguments = dict(
         max_new_tokens=options.tokens,
@@ -86,7 +94,6 @@ def main(options: Options) -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
         "date": datetime.date.today().isoformat(),
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     with options.output.open("a") as lines:
         lines.write(json.dumps(line) + "\n")
     print(json.dumps(line, indent=2))

@@ -22,7 +22,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -33,6 +32,10 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from flags import count, require_writable, seconds, shape, two_or_more
 
 if TYPE_CHECKING:
     from moe_jax import profiling
@@ -354,7 +357,6 @@ def line(record: dict[str, Any]) -> str:
 def work(point: Point, config: dict[str, Any], flags: argparse.Namespace, parent: Connection) -> None:
     """A process: compiles, says so with None, waits for the word to measure, and sends records."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent tells; it ends this process
-    sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
     @contextlib.contextmanager
     def quiet() -> Iterator[None]:
@@ -497,15 +499,6 @@ def measured(points: list[Point], configs: dict[str, dict[str, Any]], flags: arg
     return int(any("error" in record for record in records) or len(records) < len(points))
 
 
-def require_writable(path: pathlib.Path) -> None:
-    """Ends the script if records cannot be appended: now, not after minutes of measuring."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise SystemExit(f"expected --output to be a file that can be written, got {path}: {error}") from None
-
-
 def config_at(path: pathlib.Path) -> dict[str, Any]:
     """The decoder's config.json at a path; ends the script if there is none that can be measured."""
     from moe_jax import models
@@ -539,35 +532,6 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/generate.jsonl by default")
     return parser.parse_args(arguments)
-
-
-def count(text: str, least: int = 1) -> int:
-    """A flag's whole number of at least `least`."""
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-    return int(text)
-
-
-def two_or_more(text: str) -> int:
-    """New tokens: the time per token is a difference."""
-    return count(text, least=2)
-
-
-def seconds(text: str) -> float:
-    """A flag's time."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
-    return value
-
-
-def shape(text: str) -> tuple[int, int]:
-    """A flag's batch and length, such as 8x2048."""
-    batch, _, length = text.partition("x")
-    return count(batch), count(length)
 
 
 def prepare() -> None:

@@ -33,6 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from flags import count, require_writable, seconds
+
 from pallas_kernels import aot, dispatch, processes, timing
 from pallas_kernels.experts import cases, compact_one_launch_sm90, compact_sm90, decode_sm90, experts, grouped_sm90
 from pallas_kernels.experts import ragged as experts_ragged
@@ -305,11 +309,11 @@ def summary(records: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(LAYERS), choices=list(LAYERS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--tokens", nargs="+", type=count, default=list(TOKENS))
     parser.add_argument("--baselines", nargs="*", default=list(BASELINES), choices=[*BASELINES, *KERNELS])
     parser.add_argument("--again", action="store_true", help="measure what has its line too")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--seconds", type=float, default=600.0, help="end after this long, whatever is left")
+    parser.add_argument("--processes", type=count, default=os.cpu_count())
+    parser.add_argument("--seconds", type=seconds, default=600.0, help="end after this long, whatever is left")
     parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/kernels.jsonl by default")
     flags = parser.parse_args()
     deadline_s = time.monotonic() + flags.seconds
@@ -321,6 +325,7 @@ def main() -> int:
         return 2
     here = {OURS, *KERNELS, *baseline_experts(), *(["torch"] if importlib.util.find_spec("torch") else [])}
     output = flags.output or timing.results_path("kernels.jsonl")
+    require_writable(output)
     measured = [] if flags.again else timing.records_of_here(output)
     tasks = tasks_of(flags.shapes, flags.tokens, flags.baselines, measured)
     tasks = [task for task in tasks if task.what in here]

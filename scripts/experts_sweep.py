@@ -15,18 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from benchmark_generate import (
-    CONFIGS,
-    STUDENT_MODEL,
-    STUDENT_PROMPT,
-    Point,
-    config_at,
-    count,
-    measured,
-    prepare,
-    seconds,
-    two_or_more,
-)
+from benchmark_generate import CONFIGS, STUDENT_MODEL, STUDENT_PROMPT, Point, config_at, measured, prepare
+from flags import count, seconds, two_or_more
 
 TOLD_FIRST = (2, 6, 1)
 

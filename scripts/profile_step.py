@@ -19,7 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from benchmark_generate import CONFIGS, config_at, count, prepare, require_writable
+from benchmark_generate import CONFIGS, config_at, prepare
+from flags import count, require_writable
 
 STEPS = 32  # profiled
 NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}

@@ -25,6 +25,10 @@ from typing import Any
 
 import jax
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from flags import count, require_writable, seconds
+
 from pallas_kernels import aot, dispatch, timing
 from pallas_kernels.decode_attention import api as attention_api
 from pallas_kernels.decode_attention import cases as attention_cases
@@ -114,9 +118,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], choices=TOOLS)
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
-    parser.add_argument("--most", type=int, default=4, help="cases of each kernel")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--seconds", type=float, default=600.0, help="start no further case after this long")
+    parser.add_argument("--most", type=count, default=4, help="cases of each kernel")
+    parser.add_argument("--processes", type=count, default=os.cpu_count())
+    parser.add_argument("--seconds", type=seconds, default=600.0, help="start no further case after this long")
     parser.add_argument("--sanitizer", default="compute-sanitizer", help="the program")
     parser.add_argument("--output", type=pathlib.Path, help="docs/benchmarks/<device>/sanitizer.jsonl by default")
     parser.add_argument("--run", nargs=3, metavar=("OP", "KERNEL", "CASE"), help="run this case, for a sanitizer")
@@ -130,6 +134,7 @@ def main() -> int:
         run_case(*flags.run)
         return 0
     output = flags.output or timing.results_path("sanitizer.jsonl")
+    require_writable(output)
     clean = {_key(record) for record in timing.records_of_here(output) if record["found"] == 0}
     tasks = [task for task in tasks_of(flags.tools, flags.ops, flags.most) if dataclasses.astuple(task) not in clean]
 

@@ -26,6 +26,10 @@ import jax
 import jax.numpy as jnp
 from rich.progress import Progress
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+from flags import count, require_writable, seconds
+
 from pallas_kernels import aot, dispatch, processes, timing, tuning
 from pallas_kernels.decode_attention import api as attention_api
 from pallas_kernels.decode_attention import cases as attention_cases
@@ -175,9 +179,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
     parser.add_argument("--shapes", nargs="+", default=shapes, choices=shapes)
-    parser.add_argument("--tokens", nargs="+", type=int, default=tokens)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
-    parser.add_argument("--seconds", type=float, default=3600.0, help="end after this long, whatever is left")
+    parser.add_argument("--tokens", nargs="+", type=count, default=tokens)
+    parser.add_argument("--processes", type=count, default=os.cpu_count())
+    parser.add_argument("--seconds", type=seconds, default=3600.0, help="end after this long, whatever is left")
     parser.add_argument("--records", type=pathlib.Path, help="docs/benchmarks/<device>/tuning.jsonl by default")
     flags = parser.parse_args()
     deadline_s = time.monotonic() + flags.seconds
@@ -188,6 +192,7 @@ def main() -> int:
         print(f"needs a GPU; jax sees {device.kind}", file=sys.stderr)
         return 2
     path = flags.records or timing.results_path("tuning.jsonl")
+    require_writable(path)
     measured = timing.records_of_here(path)
     done = {(record["op"], record["shape_key"], record["tokens"]) for record in measured}
     left = [point for point in points(flags.ops, flags.shapes, flags.tokens) if point.key not in done]

@@ -35,7 +35,7 @@ import moe_jax
         (["a", 1], {}, "expected a prompt to be a list of token ids, got int 1"),
         ([[1.5]], {}, r"expected a prompt to be a list of token ids \(whole numbers\), got float 1.5 among them"),
         ([True, False], {}, "got bool True among them"),
-        ("\ud800", {}, "expected a prompt of valid Unicode, got one with"),
+        ("\ud800", {}, "expected text of valid Unicode, got"),
         ("x", dict(sampling="greedy"), "expected one Sampling, or one for each of 1 prompts, got str 'greedy'"),
         ("x", dict(sampling=[None]), r"one for each of 1 prompts, got list \[None\]"),
         (
@@ -103,6 +103,14 @@ def test_missing_tokenizer(model):
 def test_chat_without_a_template(model):
     with pytest.raises(ValueError, match="expected a checkpoint with a chat template, got one without"):
         model.tokenizer.chat([{"role": "user", "content": "hi"}])
+
+
+def test_chat_that_its_template_refuses(directory, tmp_path):
+    copy = tmp_path / "chat"
+    shutil.copytree(directory, copy)
+    (copy / "chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    with pytest.raises(ValueError, match="template refuses this conversation: System role not supported"):
+        moe_jax.load(copy).tokenizer.chat([{"role": "system", "content": "hi"}])
 
 
 @pytest.mark.parametrize(

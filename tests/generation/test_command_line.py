@@ -44,13 +44,15 @@ def test_an_error_is_one_line(directory, arguments, message):
     done = run("generate", "--model", directory, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
+    assert not done.stdout
     assert "Traceback" not in done.stderr
 
 
 def test_chat_asks_for_a_chat_checkpoint(directory):
-    done = run("chat", "--model", directory, input="hello\n")
+    done = run("chat", "--model", directory, input="")
     assert done.returncode == 2
     assert "expected a checkpoint with a chat template" in done.stderr
+    assert not done.stdout, "said before anything is asked"
 
 
 def test_chat_follows_the_template(directory, tmp_path):
@@ -80,6 +82,16 @@ def test_control_c_ends_cleanly(directory, tmp_path):
     assert process.returncode == 130
     assert b"stopped" in stderr
     assert b"Traceback" not in stderr
+
+
+def test_a_reader_that_leaves_ends_it_without_a_word(directory):
+    arguments = command("generate", "--model", directory, "--prompt", "a", "-n", 200, "--stop", "never")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        stderr = process.stderr.read()
+    assert process.returncode == 141
+    assert b"BrokenPipe" not in stderr
 
 
 def test_info_says_what_runs_here_and_why_not_the_rest():

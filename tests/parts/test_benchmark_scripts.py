@@ -266,11 +266,11 @@ def test_a_point_that_fails_leaves_the_others(tmp_path, load_script, capfd, monk
             "gpt-oss-20b.json to be the config.json of a supported model",
         ),
         ("benchmark_generate", ["--batches", "--prefills", "--models", "olmoe-1b-7b"], "expected at least one point"),
-        ("benchmark_generate", ["--output", "/dev/null/a"], "expected --output to be a file that can be written"),
+        ("benchmark_generate", ["--output", "/dev/null/a"], "expected a file that can be written for the records, got"),
         ("experts_sweep", ["--experts", "0"], "expected a whole number of at least 1, got '0'"),
         ("experts_sweep", ["--config", str(ROOT / "configs/olmoe-1b-7b.json")], "expected --config to be a mixtral"),
         ("profile_step", ["--batch", "-1"], "expected a whole number of at least 1, got '-1'"),
-        ("profile_step", ["--output", "/dev/null/a"], "expected --output to be a file that can be written"),
+        ("profile_step", ["--output", "/dev/null/a"], "expected a file that can be written for the records, got"),
     ],
 )
 def test_wrong_flags_end_a_script_before_it_measures(name, arguments, message, load_script, monkeypatch, capsys):
