@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from moe_jax.models import FAMILIES
 from pallas_kernels import Routing, RoutingRule, dispatch
+from pallas_kernels.decode_attention import explain as explain_decode_attention
 from pallas_kernels.experts import explain as explain_experts
+from pallas_kernels.matvec import explain as explain_matvec
 from pallas_kernels.route import explain as explain_route
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
@@ -15,6 +20,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 # One layer of OLMoE-1B-7B, at the token counts of decoding one request and of reading a prompt.
 TOKENS = (1, 4096)
 WIDTH, HIDDEN_WIDTH, EXPERTS, ACTIVE = 2048, 1024, 64, 8
+HEADS, HEAD_WIDTH, POSITIONS = 16, 128, 4096
 
 
 def families() -> Table:
@@ -40,13 +46,13 @@ def kernels() -> Table:
         for op, choices in _explained(tokens).items():
             chosen = next(name for name, reason in choices if reason is None)
             reasons = "; ".join(f"{name}: {reason}" for name, reason in choices if reason is not None)
-            rows.append((f"{op}, {tokens} tokens", chosen, reasons))
+            rows.append((f"{op}, {tokens} token{'s' if tokens > 1 else ''}", chosen, reasons))
     device = dispatch.current_device()
     return f"Kernels on {device.kind}", ("op", "runs", "why not the others"), rows
 
 
 def _explained(tokens: int) -> dict[str, list[tuple[str, str | None]]]:
-    def array(*shape: int, dtype=jnp.bfloat16):
+    def array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     x_TD = array(tokens, WIDTH)
@@ -56,10 +62,27 @@ def _explained(tokens: int) -> dict[str, list[tuple[str, str | None]]]:
         logits_TE=array(tokens, EXPERTS, dtype=jnp.float32),
     )
     up_EGFD, down_EDF = array(EXPERTS, 2, HIDDEN_WIDTH, WIDTH), array(EXPERTS, WIDTH, HIDDEN_WIDTH)
-    return {
+    found = {
+        "matvec": explain_matvec(x_TD, (array(HEADS * HEAD_WIDTH, WIDTH),) * 3, norm_weight_I=array(WIDTH)),
         "route": explain_route(x_TD, array(EXPERTS, WIDTH), rule=RoutingRule(top_k=ACTIVE)),
         "experts": explain_experts(x_TD, routing, up_EGFD, down_EDF),
     }
+    return (found | {"decode_attention": _explained_attention(array)}) if tokens == 1 else found
+
+
+def _explained_attention(array: Callable[..., Any]) -> list[tuple[str, str | None]]:
+    """Of one request; what reads prompts is no kernel of ours."""
+    projected, cache = array(1, HEADS * HEAD_WIDTH), array(1, HEADS, POSITIONS, HEAD_WIDTH)
+    angles = array(1, HEAD_WIDTH // 2, dtype=jnp.float32)
+    norm = array(HEADS * HEAD_WIDTH)
+    return explain_decode_attention(
+        *(projected,) * 3,
+        *(angles,) * 2,
+        *(cache,) * 2,
+        array(1, dtype=jnp.int32),
+        q_norm_weight=norm,
+        k_norm_weight=norm,
+    )
 
 
 def _first_sentence(docstring: str) -> str:

@@ -1,7 +1,8 @@
 """How long generation takes, what it could not be faster than, and where a decode step goes.
 
 `GenerateProgram` is one compiled bucket of `generate`, held so that it can be timed without Python around it.
-`floor_of` is arithmetic over what a step must read. `operators` and `kernel_times` turn a profiler's trace into a table.
+`decode_floor_ms` and `prefill_floor_ms` are arithmetic over what must be read and multiplied. `kernel_times`, `per_step` and
+`operator_of` turn a profiler's traces into a table.
 """
 
 from __future__ import annotations

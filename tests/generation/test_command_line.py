@@ -101,6 +101,7 @@ def test_info_says_what_runs_here_and_why_not_the_rest():
         assert model_type in done.stdout
     assert "Kernels on cpu" in done.stdout
     assert "reference" in done.stdout
+    assert all(op in done.stdout for op in ("route", "experts", "matvec", "decode_attention"))
 
 
 def test_compiled_programs_are_kept(directory, tmp_path):
