@@ -126,7 +126,7 @@ def disagreement(
 
 @contextlib.contextmanager
 def released():
-    """Gives torch's cached device memory back afterwards: JAX needs it."""
+    """Gives torch's cached device memory back afterwards: the next variant needs it in other pieces, and so may JAX."""
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """The scripts that measure whole models, from end to end at toy size on a CPU, and the arithmetic behind their figures."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -311,6 +313,39 @@ def is_running(pid: int) -> bool:
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_baseline_is_compared_token_by_token(load_script, monkeypatch):
+    """Without torch: what stands for transformers makes tokens of its own, and one variant fails."""
+
+    def measured(model, variant, prompts, *, new_tokens, first, seconds):
+        if variant == "eager":
+            raise RuntimeError("out of memory")
+        return {"ms_per_token": 7.0}, [[1] * new_tokens for _ in prompts]
+
+    baseline = types.SimpleNamespace(
+        build=lambda config: types.SimpleNamespace(state_dict=lambda: {"model.norm.weight": None}),
+        fill=lambda model, values, places: None,
+        measured=measured,
+        disagreement=lambda model, prompt, theirs, ours: None if theirs == ours else {"token": 0},
+        released=contextlib.nullcontext,
+        transformers=types.SimpleNamespace(__version__="5"),
+        torch=types.SimpleNamespace(__version__="2"),
+    )
+    script = load_script("benchmark_generate")
+    monkeypatch.setitem(sys.modules, "hf_baseline", baseline)
+    flags = script.parsed(["--dtype", "float32", "--baseline", "hf"])
+    point = script.Point("decode", "tiny", 2, 8, 4, ("eager", "grouped_mm"))
+    bench = script.Bench(point, CONFIG, flags, contextlib.nullcontext)
+    bench.compile()
+    decode, eager, grouped = bench.records()
+    assert decode["kind"] == "decode" and decode["batch"] == 2
+    assert eager == point.record() | {
+        "kind": "baseline", "variant": "eager", "dtype": "float32", "error": "RuntimeError: out of memory"
+    }  # fmt: skip
+    assert (grouped["variant"], grouped["requests_compared"]) == ("grouped_mm", 2)
+    assert grouped["source"] == "transformers 5, torch 2"
+    assert grouped["requests_equal"] + len(grouped["partings"]) == 2
 
 
 def test_a_line_that_is_not_whole_is_told(tmp_path, load_script):
