@@ -363,8 +363,8 @@ def operators_picture(profiles: list[Record], path: pathlib.Path) -> None:
     colours = dict(zip(operators, OPERATOR_COLOURS, strict=False)) | {GAPS: "#e5e8eb"}
     for row, profile in enumerate(profiles):
         left = 0.0
-        kernels_us = sum(us for name, us in profile["operators_us"].items() if name != GAPS)
-        whole_us = max(profile["step_us"], kernels_us)  # kernels that overlap take longer than the step together
+        # The step; where kernels overlap, and gaps come out below zero, the kernels.
+        whole_us = sum(max(0.0, us) for us in profile["operators_us"].values())
         for name in (*operators, GAPS):
             us = max(0.0, profile["operators_us"].get(name, 0.0))
             share = 100 * us / whole_us
