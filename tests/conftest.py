@@ -3,6 +3,7 @@ rounded wherever the models say so, as in PyTorch: XLA would leave out roundings
 them near-equal experts change places."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def pytest_runtest_teardown():
 
     if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
+
+
+@pytest.fixture
+def heeds_control_c():
+    """For what a test starts: a shell that runs the tests in the background has them, and it, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.hookimpl(wrapper=True)

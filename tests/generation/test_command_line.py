@@ -69,7 +69,7 @@ def test_chat_follows_the_template(directory, tmp_path):
     assert done.stdout == f"> {first}\n> {second}\n> "
 
 
-def test_control_c_ends_cleanly(directory, tmp_path):
+def test_control_c_ends_cleanly(directory, tmp_path, heeds_control_c):
     copy = tmp_path / "long"
     shutil.copytree(directory, copy)
     config = json.loads((copy / "config.json").read_text())

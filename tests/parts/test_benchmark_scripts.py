@@ -285,7 +285,7 @@ def test_wrong_flags_end_a_script_before_it_measures(name, arguments, message, l
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_control_c_ends_a_benchmark_and_its_processes(tmp_path, config_path):
+def test_control_c_ends_a_benchmark_and_its_processes(tmp_path, config_path, heeds_control_c):
     output = tmp_path / "out.jsonl"
     command = [sys.executable, SCRIPTS / "benchmark_generate.py", "--config", config_path, "--output", output]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
