@@ -49,7 +49,7 @@ Level = Literal["analytic", "jaxpr", "cpu", "gpu"]
 COLOURS = dict(
     zip(STRATEGIES, ("#d1495b", "#edae49", "#b5838d", "#1b6ca8", "#2a9d8f", "#8d6a9f", "#4a4e69"), strict=True)
 )
-RUN_TOKENS = (8, 128)  # per device
+RUN_TOKENS = (8, 32, 128)  # per device; three, as so many constants of the experts are fitted to them
 RUN_SHAPE = ModelShape("layer", 1, 1, 256, 16, 2, 512, 8, 8, 32, 512, 0, 0, 0, 1024, True)
 LINK_BYTES = (1 << 12, 1 << 16, 1 << 20, 1 << 22)
 

@@ -55,6 +55,7 @@ def test_running_and_calibrating(tmp_path):
     splits = [Split("tp", dp=2), Split("ep_a2a", ep=2), Split("eptp_psum", ep=2, tp=2)]
     records = [script["layer_record"](split, tokens, machine, options) for split in splits for tokens in (1, 2, 4)]
     records += [script["link_record"](kind, 1 << 12) for kind in script["links"]()]
+    assert len(script["RUN_TOKENS"]) >= 3, "or what --run writes could not be calibrated from"
     printed = script["run_table"](records)
     assert printed.count("\n") == 10 and "ep=2,tp=2" in printed
     assert "predicted for cpu" in printed.splitlines()[0]
