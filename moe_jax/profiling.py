@@ -284,12 +284,12 @@ def prefill_floor_ms(hf_config: Mapping[str, Any], sizes: Sizes, *, batch: int, 
 
 
 OTHER = "other"
+HEAD = r"(Head|Embedding)\.logits|CausalLM\._logits"  # a kernel below one of these belongs to the head, whatever it is
 # Which operator a kernel belongs to, by the function names of its stack: the first pattern that one of them matches,
 # from the innermost function outwards.
 OPERATORS: tuple[tuple[str, str], ...] = (
     (r"RMSNorm|norm", "norms"),
     (r"choose|_with_token|sampling", "sampling"),
-    (r"Head\.|Embedding\.logits|CausalLM\._logits", "head"),
     (r"Embedding|Rope|rotate", "embedding and rope"),
     (r"Attention\._project|Attention\._output|_heads|matvec|projected", "projections"),
     (r"LayerCache|appended|filled|attend|attention", "attention"),
@@ -356,6 +356,8 @@ def _stacks(hlo: str) -> dict[int, tuple[str, ...]]:
 
 def operator_of(origin: Instruction) -> str:
     """The operator that an instruction belongs to, `OTHER` where no function of its stack is known."""
+    if any(re.search(HEAD, name) for name in origin.functions):
+        return "head"
     for name in (*re.findall(r"\w+", origin.op_name)[::-1][:3], *reversed(origin.functions)):
         for pattern, operator in OPERATORS:
             if re.search(pattern, name):

@@ -149,7 +149,8 @@ class Bench:
                     prompt=point.prompt,
                     new_tokens=point.new_tokens,
                     traces=point.kind == "decode" and point.batch > 1,
-                    prefill_options=prefill_options(),
+                    prefill_options=compile_options(),
+                    advance_options=compile_options(),
                 )
             if point.baselines:
                 with contextlib.suppress(ImportError):  # told with the baseline's record
@@ -292,11 +293,8 @@ class Bench:
         }
 
 
-def prefill_options() -> dict[str, Any]:
-    """What to compile prefill with, since XLA may not try alternatives here (see `prepare`): its products by cuBLAS.
-
-    Decoding not: with that, XLA converts the head's weights to float32 at every step.
-    """
+def compile_options() -> dict[str, Any]:
+    """What to compile with, since XLA may not try alternatives here (see `prepare`): its products by cuBLAS."""
     import jax
 
     return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else {}
@@ -362,6 +360,8 @@ def line(record: dict[str, Any]) -> str:
 
 def work(point: Point, config: dict[str, Any], flags: argparse.Namespace, parent: Connection) -> None:
     """A process: compiles, says so with None, waits for the word to measure, and sends records."""
+    from pallas_kernels import timing
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent tells; it ends this process
 
     @contextlib.contextmanager
@@ -378,9 +378,10 @@ def work(point: Point, config: dict[str, Any], flags: argparse.Namespace, parent
         bench.compile()
         parent.send(None)
         parent.recv()
-        signal.alarm(LONGEST_POINT_S)
-        for record in bench.records():
-            parent.send(record)
+        with timing.gpu_to_oneself():
+            signal.alarm(LONGEST_POINT_S)
+            for record in bench.records():
+                parent.send(record)
     except Exception as error:  # a point that is lost leaves the others
         parent.send(point.record() | {"error": message_of(error)})
 

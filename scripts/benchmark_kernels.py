@@ -1,7 +1,7 @@
 """Times one MoE layer, routing included, at the shapes of real checkpoints, beside what else runs on the same GPU.
 
     python scripts/benchmark_kernels.py --shapes qwen3-30b mixtral --tokens 1 8 64 --baselines xla ragged_dot
-    python scripts/benchmark_kernels.py --tokens 32 64 128 256 --baselines decode compact compact_one_launch grouped
+    python scripts/benchmark_kernels.py --tokens 32 64 128 256 --baselines decode compact grouped
 
 Random weights and tokens, hence nearly uniform routing; inputs rotate beyond the L2 cache; results are checked against
 the plain-JAX definition in the same run. Times are sums of the kernels' device times: gaps between launches, about a
@@ -38,7 +38,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from flags import count, require_writable, seconds
 
 from pallas_kernels import aot, dispatch, processes, timing
-from pallas_kernels.experts import cases, compact_one_launch_sm90, compact_sm90, decode_sm90, experts, grouped_sm90
+from pallas_kernels.experts import cases, compact_sm90, decode_sm90, experts, grouped_sm90
 from pallas_kernels.experts import ragged as experts_ragged
 from pallas_kernels.experts.cases import LAYERS, Case, Layer
 from pallas_kernels.route import route
@@ -49,10 +49,7 @@ BASELINE_TOKENS = (1, 8, 64, 512, 4096, 8192)
 BASELINES = ("xla", "ragged_dot", "tokamax", "torch")
 OURS = "ours"  # and XLA, which checks it
 # Of ours, whichever dispatch chooses: to see whether it chooses right, or whether it should choose another.
-KERNELS = {
-    each.IMPLEMENTATION.name: each.IMPLEMENTATION
-    for each in (decode_sm90, compact_sm90, compact_one_launch_sm90, grouped_sm90)
-}
+KERNELS = {each.IMPLEMENTATION.name: each.IMPLEMENTATION for each in (decode_sm90, compact_sm90, grouped_sm90)}
 ROTATED_BYTES = 1e9
 LEAST_ROUTINGS = 2
 # Two bfloat16 computations, each within 4e-3 of the true value.

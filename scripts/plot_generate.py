@@ -193,11 +193,18 @@ def memory_table(points: list[Record]) -> list[str]:
     return markdown(("model", "batch", "positions", *parts), rows)
 
 
+def subject(profile: Record) -> str:
+    """What was profiled."""
+    if profile.get("phase") == "prefill":
+        return f"{profile['model']}, reading {profile['batch']} x {profile['prompt']}"
+    return f"{profile['model']}, batch {profile['batch']}"
+
+
 def operator_tables(profiles: list[Record], others: Others) -> list[str]:
     lines = []
     for profile in profiles:
         total = profile["step_us"]
-        title = f"{profile['model']}, batch {profile['batch']}: {total:,.0f} us, {profile['launches']:.0f} launches"
+        title = f"{subject(profile)}: {total:,.0f} us, {profile['launches']:.0f} launches"
         rows = [(name, f"{us:.1f}", f"{us / total:.1%}") for name, us in profile["operators_us"].items()]
         lines += ["", title, "", *markdown(("operator", "us", "share"), rows)]
         lines += ["", f"jax {profile['jax']}, {profile['date'][:10]}; {profile['note']}."] if "note" in profile else []
@@ -375,10 +382,10 @@ def operators_picture(profiles: list[Record], path: pathlib.Path) -> None:
                 panel.text(left + share / 2, row, f"{us:.0f}", ha="center", va="center", fontsize=8,
                            color="white" if dark else "black")  # fmt: skip
             left += share
-    titles = [f"{each['model']}, batch {each['batch']}\n{each['step_us']:,.0f} us" for each in profiles]
+    titles = [f"{subject(each)}\n{each['step_us']:,.0f} us" for each in profiles]
     panel.set_yticks(range(len(profiles)), titles, fontsize=9)
     panel.invert_yaxis()
-    panel.set_xlabel("% of a decode step (microseconds inside)", fontsize=9)
+    panel.set_xlabel("% of a decode step, or of reading the prompts (microseconds inside)", fontsize=9)
     panel.set_xlim(0, 100)
     bare(panel)
     finish(figure, panels, path)
@@ -436,7 +443,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=pathlib.Path, help="where the JSON lines are")
     folder = parser.parse_args().folder or timing.results_path("generate.jsonl").parent
     records = list(last(read(folder / "generate.jsonl"), *KEYS).values())
-    profiles = list(last(read(folder / "profile.jsonl"), "model", "batch").values())
+    profiles = list(last(read(folder / "profile.jsonl"), "model", "phase", "batch", "prompt").values())
     sweep = sorted(last(read(folder / "experts_sweep.jsonl"), "experts").values(), key=lambda each: each["experts"])
     if not (records or profiles or sweep):
         raise SystemExit(

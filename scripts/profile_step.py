@@ -1,6 +1,7 @@
-"""Shows where a decode step goes: microseconds and share of each operator, and a trace for Perfetto.
+"""Shows where a decode step or a prefill goes: microseconds and share of each operator, and a trace for Perfetto.
 
     python scripts/profile_step.py --model tinymistral-6x248m --batch 1
+    python scripts/profile_step.py --model olmoe-1b-7b --phase prefill --prompt 4095
 
 The time of a step is measured without a profiler. Kernels are then profiled in the same program compiled without CUDA
 graphs, where each is known by its instruction; the compiler's notes on where an instruction came from give its
@@ -15,15 +16,29 @@ import argparse
 import pathlib
 import sys
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from benchmark_generate import CONFIGS, config_at, prepare
+from benchmark_generate import CONFIGS, compile_options, config_at, prepare
 from flags import count, require_writable
 
 STEPS = 32  # profiled
 NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1_000_000}
+
+
+class Profile(NamedTuple):
+    """One phase: the program as it is and what it ran with, its microseconds, and its kernels where they are told apart.
+
+    hlo: the text of the compiled module that the kernels are instructions of.
+    """
+
+    program: Any
+    leaves: tuple[Any, ...]
+    tokens: int
+    step_us: float
+    kernels: list[Any]
+    hlo: str
 
 
 def profiled(program: Any, leaves: tuple[Any, ...], tokens: int, directory: str | pathlib.Path) -> pathlib.Path:
@@ -54,10 +69,62 @@ def by_operator(kernels: list[Any], origins: dict[str, Any]) -> tuple[dict[str, 
     return dict(sorted(totals.items(), key=lambda each: -each[1])), rows
 
 
+def decode_profile(abstract: Any, config: dict[str, Any], flags: argparse.Namespace) -> Profile:
+    from moe_jax import profiling
+
+    shape = dict(batch=flags.batch, prompt=flags.prompt, new_tokens=4 * STEPS)
+    program, plain = compiled(abstract, "advance_options", shape)
+    leaves = profiling.parameters_of(large_random_model(config, flags.dtype))
+    step_us = 1e3 * profiling.measure(program, leaves).per_token_ms
+    # Prefill and one token are in both profiles: the difference is the steps alone.
+    kernels = profiling.per_step(*(kernels_of(plain, leaves, tokens) for tokens in (1, 1 + STEPS)), steps=STEPS)
+    return Profile(program, leaves, 1 + STEPS, step_us, kernels, plain.advance.as_text())
+
+
+def prefill_profile(abstract: Any, config: dict[str, Any], flags: argparse.Namespace) -> Profile:
+    from moe_jax import profiling
+
+    shape = dict(batch=flags.batch, prompt=flags.prompt, new_tokens=1)
+    program, plain = compiled(abstract, "prefill_options", shape)
+    leaves = profiling.parameters_of(large_random_model(config, flags.dtype))
+    step_us = 1e3 * profiling.measure_first_token(program, leaves)
+    return Profile(program, leaves, 1, step_us, kernels_of(plain, leaves, 1), plain.prefill.as_text())
+
+
+PHASES = {"decode": decode_profile, "prefill": prefill_profile}
+
+
+def compiled(abstract: Any, which: str, shape: dict[str, int]) -> tuple[Any, Any]:
+    """The program as it is, and one whose part that is profiled has no CUDA graphs."""
+    import jax
+
+    from moe_jax import profiling
+
+    options = compile_options()
+    program = profiling.compile_generate(abstract, **shape, **{which: options})
+    if jax.default_backend() != "gpu":
+        return program, program
+    return program, profiling.compile_generate(abstract, **shape, **{which: options | NO_GRAPHS})
+
+
+def large_random_model(config: dict[str, Any], dtype: str) -> Any:
+    from moe_jax import testing
+
+    return testing.large_random_model(config, dtype=dtype)
+
+
+def kernels_of(program: Any, leaves: tuple[Any, ...], tokens: int) -> list[Any]:
+    from moe_jax import profiling
+
+    with tempfile.TemporaryDirectory(prefix="profile-") as folder:
+        return profiling.kernel_times(profiled(program, leaves, tokens, folder))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tinymistral-6x248m", choices=[path.stem for path in CONFIGS.iterdir()])
     parser.add_argument("--config", type=pathlib.Path, help="a config.json to profile instead of --model")
+    parser.add_argument("--phase", default="decode", choices=list(PHASES), help="a decode step, or reading the prompts")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--batch", type=count, default=1)
     parser.add_argument("--prompt", type=count, default=128)
@@ -68,35 +135,23 @@ def main() -> int:
     path = flags.config or CONFIGS / f"{flags.model}.json"
     config = config_at(path)
 
-    import jax
-
     from moe_jax import profiling, testing
     from pallas_kernels import timing
 
     output = flags.output or timing.results_path("profile.jsonl")
     require_writable(output)
     abstract = testing.abstract_model(config, dtype=flags.dtype)
-    shape = dict(batch=flags.batch, prompt=flags.prompt, new_tokens=4 * STEPS)
-    program = profiling.compile_generate(abstract, **shape)
-    has_graphs = jax.default_backend() == "gpu"
-    plain = profiling.compile_generate(abstract, **shape, advance_options=NO_GRAPHS) if has_graphs else program
-    leaves = profiling.parameters_of(testing.large_random_model(config, dtype=flags.dtype))
-    step_us = 1e3 * profiling.measure(program, leaves).per_token_ms
-    with tempfile.TemporaryDirectory(prefix="profile-") as folder:
-        # Prefill and one token are in both profiles: the difference is the steps alone.
-        runs = [
-            profiling.kernel_times(profiled(plain, leaves, tokens, f"{folder}/{tokens}")) for tokens in (1, 1 + STEPS)
-        ]
-    kernels = profiling.per_step(*runs, steps=STEPS)
-    operators, rows = by_operator(kernels, profiling.instructions(plain.advance.as_text()))
-    operators["gaps"] = step_us - sum(operators.values())
+    profile = PHASES[flags.phase](abstract, config, flags)
+    operators, rows = by_operator(profile.kernels, profiling.instructions(profile.hlo))
+    operators["gaps"] = profile.step_us - sum(operators.values())
     record = {
         "model": path.stem,
+        "phase": flags.phase,
         "batch": flags.batch,
         "prompt": flags.prompt,
         "dtype": flags.dtype,
-        "step_us": round(step_us, 2),
-        "launches": round(sum(kernel.calls for kernel in kernels), 1),
+        "step_us": round(profile.step_us, 2),
+        "launches": round(sum(kernel.calls for kernel in profile.kernels), 1),
         "operators_us": {name: round(time_us, 2) for name, time_us in operators.items()},
         "kernels": rows,
     }
@@ -105,12 +160,13 @@ def main() -> int:
     for row in rows[:40]:
         print(*row)
     if flags.trace:
-        print(f"trace: {profiled(program, leaves, 1 + STEPS, flags.trace).parent}")
+        print(f"trace: {profiled(profile.program, profile.leaves, profile.tokens, flags.trace).parent}")
     return 0
 
 
 def table(record: dict[str, Any]) -> str:
-    lines = [f"{record['model']}, batch {record['batch']}: {record['step_us']:.1f} us, {record['launches']} launches"]
+    what = f"{record['model']}, {record['phase']}, {record['batch']} x {record['prompt']}"
+    lines = [f"{what}: {record['step_us']:.1f} us, {record['launches']} launches"]
     for name, time_us in record["operators_us"].items():
         lines.append(f"{name:26} {time_us:9.1f} us {time_us / record['step_us']:7.1%}")
     return "\n".join(lines)

@@ -76,7 +76,7 @@ OPS = {
     "matvec": Op(
         matvec_api,
         matvec_cases,
-        lambda x_TI, weights, **named: matvec_kernel.shape_key(weights),
+        lambda x_TI, weights, **named: matvec_kernel.shape_key(weights, named.get("out_dtype")),
         lambda case: case.projection.weight_bytes,
     ),
 }

@@ -126,8 +126,8 @@ class CausalLM(nnx.Module):
         return x_BTD, tuple(filled), of_sparse_layers(routings)
 
     def _logits(self, x_XD):
-        x_XD = self.norm(x_XD)
-        return self.embedding.logits(x_XD) if self.head is None else self.head.logits(x_XD)
+        head = self.embedding if self.head is None else self.head
+        return head.logits(x_XD, norm=self.norm)
 
 
 def of_sparse_layers(routings: list[Routing | None]) -> tuple[Routing, ...]:

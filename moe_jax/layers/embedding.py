@@ -8,6 +8,7 @@ from flax import nnx
 
 from moe_jax.layers import parameter
 from moe_jax.layers.linear import logits
+from moe_jax.layers.norm import RMSNorm
 
 
 class Embedding(nnx.Module):
@@ -19,8 +20,8 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_X: jax.Array) -> jax.Array:
         return self.weight_VD[...][tokens_X]
 
-    def logits(self, x_XD: jax.Array) -> jax.Array:
-        return logits(x_XD, self.weight_VD[...])
+    def logits(self, x_XD: jax.Array, *, norm: RMSNorm | None = None) -> jax.Array:
+        return logits(x_XD, self.weight_VD[...], norm=norm)
 
 
 class Head(nnx.Module):
@@ -29,5 +30,5 @@ class Head(nnx.Module):
     def __init__(self, vocab_size: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.weight_VD = parameter.normal(rngs, (vocab_size, width), ("vocab", "embed"), dtype)
 
-    def logits(self, x_XD: jax.Array) -> jax.Array:
-        return logits(x_XD, self.weight_VD[...])
+    def logits(self, x_XD: jax.Array, *, norm: RMSNorm | None = None) -> jax.Array:
+        return logits(x_XD, self.weight_VD[...], norm=norm)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.layers.norm import RMSNorm
-from pallas_kernels import Activation, activate
+from pallas_kernels import Activation, activate, dispatch
 from pallas_kernels.matvec import has_kernel, matvec
 
 
@@ -67,8 +67,19 @@ def activated(
     return activate(up_BTGF.astype(jnp.float32), activation, axis=x_BTI.ndim - 1).astype(x_BTI.dtype)
 
 
-def logits(x_XD: jax.Array, weight_VD: jax.Array) -> jax.Array:
-    """`x @ weight.T` left in float32: vocabulary logits are not rounded to the model's dtype."""
+def logits(x_XD: jax.Array, weight_VD: jax.Array, *, norm: RMSNorm | None = None) -> jax.Array:
+    """`norm(x) @ weight.T` left in float32: vocabulary logits are not rounded to the model's dtype.
+
+    As `projected`, one launch where there is a kernel. Elsewhere on a GPU one row is multiplied and summed up, which XLA
+    does in one pass over the weight; of a product with one row it makes a slow one, or a float32 copy of the weight first.
+    """
+    rows_TD = x_XD.reshape(-1, x_XD.shape[-1])
+    named: dict[str, Any] = dict(_norm_arguments(norm), out_dtype=jnp.float32)
+    if has_kernel(rows_TD, weight_VD, **named):
+        return matvec(rows_TD, weight_VD, **named).reshape(*x_XD.shape[:-1], -1)
+    x_XD = x_XD if norm is None else norm(x_XD)
+    if len(rows_TD) == 1 and dispatch.current_device().platform == "gpu":
+        return (x_XD.astype(jnp.float32)[..., None, :] * weight_VD.astype(jnp.float32)).sum(axis=-1)
     return _accumulated(x_XD, weight_VD, None)
 
 

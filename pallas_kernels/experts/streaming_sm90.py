@@ -99,18 +99,3 @@ def add_to_rows(tile_RT, values_smem):
     """Adds one number of `values_smem` to each row."""
     values_R = plgpu.load(values_smem, layout=plgpu.Layout.WGMMA.reduce(1)).astype(tile_RT.dtype)
     return tile_RT + lax.broadcast_in_dim(values_R, tile_RT.shape, (0,))
-
-
-def wait_for_previous_launch(is_interpreted: bool) -> None:
-    """In a kernel that was launched early: waits until the one before has ended and its results are visible."""
-    if not is_interpreted:
-        plgpu.griddepcontrol_wait()
-
-
-def let_next_launch_start(is_interpreted: bool) -> None:
-    """Lets the next kernel's blocks onto multiprocessors that have room, if it calls `wait_for_previous_launch`.
-
-    Call it after waiting oneself: the next kernel may then read whatever was ready before this one, weights for example.
-    """
-    if not is_interpreted:
-        plgpu.griddepcontrol_launch_dependents()

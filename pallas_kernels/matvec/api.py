@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
@@ -19,9 +21,10 @@ def matvec(
     bias_O: Float[Array, "O"] | tuple[Float[Array, "_"], ...] | None = None,
     residual_TO: Float[Array, "T O"] | None = None,
     activation: Activation | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> Any:
-    """`act(rms_norm(x) @ weight.T) + bias + residual`, in float32 from the product on, rounded once to `x_TI`'s dtype.
+    """`act(rms_norm(x) @ weight.T) + bias + residual`, in float32 from the product on, rounded once to `out_dtype`.
 
     Several projections of the same `x_TI` (query, key and value) go in as a tuple `[O, I]` each, their biases as well, and
     come out as a tuple: they share a launch. Beside an `activation`, the weight is `[G, O, I]` as in `experts`: gate and
@@ -29,18 +32,20 @@ def matvec(
 
     norm_weight_I: RMSNorm in front, with float32 statistics; the normalised row is rounded to `x_TI`'s dtype before and after
       it is multiplied by the weight, as Hugging Face's modules do.
+    out_dtype: `x_TI`'s, or float32, which nothing is rounded for (vocabulary logits); `x_TI`'s by default.
 
     Raises:
-      ValueError: shapes disagree, the activation is unknown, or there are several weights beside a residual.
+      ValueError: shapes disagree, the activation or `out_dtype` is unknown, or there are several weights beside a residual.
     """
     all_weights, biases = _tuple(weights), None if bias_O is None else _tuple(bias_O)
-    _check(x_TI, all_weights, norm_weight_I, biases, residual_TO, activation)
+    _check(x_TI, all_weights, norm_weight_I, biases, residual_TO, activation, out_dtype)
     arguments = dict(
         norm_weight_I=norm_weight_I,
         norm_epsilon=norm_epsilon,
         bias_O=biases,
         residual_TO=residual_TO,
         activation=activation,
+        out_dtype=out_dtype,
     )
     chosen = dispatch.choose(
         "matvec", _implementations(), x_TI, all_weights, implementation=implementation, **arguments
@@ -69,7 +74,9 @@ def _implementations() -> tuple[dispatch.Implementation, ...]:
     return (mosaic_sm90.IMPLEMENTATION, reference.IMPLEMENTATION)
 
 
-def _check(x_TI, weights, norm_weight_I, biases, residual_TO, activation) -> None:
+def _check(x_TI, weights, norm_weight_I, biases, residual_TO, activation, out_dtype) -> None:
+    if out_dtype is not None and jnp.dtype(out_dtype) not in (x_TI.dtype, jnp.float32):
+        raise ValueError(f"matvec: expected out_dtype to be float32 or {x_TI.dtype}, that of x_TI, got {out_dtype}")
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"matvec: expected activation to be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     gates: tuple[int, ...] = () if activation is None else (2,) if activation == "swiglu_clamped" else (1, 2)

@@ -21,6 +21,7 @@ class Projection:
     has_residual: bool = False
     activation: Activation | None = None
     gates: int = 2
+    out_dtype: Literal["float32"] | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -51,6 +52,8 @@ AWKWARD: tuple[Case, ...] = (
     Case("gated_norm", 8, Projection(256, (64,), has_norm=True, activation="gelu_tanh")),
     Case("gated_clamped_bias_residual", 1, Projection(128, (64,), False, True, True, activation="swiglu_clamped")),
     Case("relu_without_gate", 7, Projection(64, (32,), activation="relu", gates=1)),
+    Case("logits", 3, Projection(128, (104,), has_norm=True, out_dtype="float32")),
+    Case("residual_of_odd_width", 9, Projection(64, (72,), has_residual=True)),
     Case("float32", 7, Projection(64, (32,)), dtype="float32"),
 )
 PROJECTIONS: dict[str, Projection] = {
@@ -59,7 +62,7 @@ PROJECTIONS: dict[str, Projection] = {
     "square-4096": Projection(4096, (4096,)),
     "qwen3-30b-query-key-value": Projection(2048, (4096, 512, 512), has_norm=True),
     "qwen3-30b-out": Projection(4096, (2048,), has_residual=True),
-    "qwen3-30b-head": Projection(2048, (151936,), has_norm=True),
+    "qwen3-30b-head": Projection(2048, (151936,), has_norm=True, out_dtype="float32"),
     "gpt-oss-query-key-value": Projection(2880, (4096, 512, 512), has_norm=True, has_bias=True),
     "gpt-oss-out": Projection(4096, (2880,), has_bias=True, has_residual=True),
     "qwen1.5-shared-up": Projection(2048, (5632,), activation="silu"),
@@ -91,4 +94,5 @@ def arguments(case: Case, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any
         bias_O=tuple(uniform(out) for out in outs) if projection.has_bias else None,
         residual_TO=uniform(case.tokens, outs[0]) if projection.has_residual else None,
         activation=projection.activation,
+        out_dtype=projection.out_dtype,
     )

@@ -53,13 +53,15 @@ def matvec(
     bias_O=None,
     residual_TO=None,
     activation=None,
+    out_dtype=None,
     settings: dict[str, Any] | None = None,
 ) -> tuple[jax.Array, ...]:
     device = dispatch.current_device()
     if settings is None:
-        settings = tuning.lookup(f"matvec.{NAME}", shape_key(weights), x_TI.shape[0], tile=padded_tokens)
+        key = shape_key(weights, out_dtype)
+        settings = tuning.lookup(f"matvec.{NAME}", key, x_TI.shape[0], tile=padded_tokens)
     if settings is None:
-        settings = default_settings(x_TI, weights, num_sms=device.num_sms)
+        settings = default_settings(x_TI, weights, num_sms=device.num_sms, out_dtype=out_dtype)
     return _matvec(
         x_TI,
         weights,
@@ -67,6 +69,7 @@ def matvec(
         bias_O,
         residual_TO,
         activation=activation,
+        out_dtype=jnp.dtype(out_dtype or x_TI.dtype),
         norm_epsilon=norm_epsilon,
         # The interpreter has no access to the shared memory of other blocks.
         parts=1 if device.is_interpreted else settings["parts"],
@@ -75,7 +78,7 @@ def matvec(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "norm_epsilon", "parts", "depth", "stages"))
+@functools.partial(jax.jit, static_argnames=("activation", "out_dtype", "norm_epsilon", "parts", "depth", "stages"))
 def _matvec(x_TI, weights, norm_weight_I, biases, residual_TO, *, activation, **static) -> tuple[jax.Array, ...]:
     num_tokens, width = x_TI.shape
     tokens = padded_tokens(num_tokens)
@@ -107,7 +110,8 @@ def _matvec(x_TI, weights, norm_weight_I, biases, residual_TO, *, activation, **
 def _launch(x_TI, weights, optional: dict[str, jax.Array], sizes: _Sizes):
     arrays = dict(x=x_TI, **optional, **{f"weight{n}": weight for n, weight in enumerate(weights)})
     outputs = {
-        f"y{n}": jax.ShapeDtypeStruct((x_TI.shape[0], count * ROWS), x_TI.dtype) for n, count in enumerate(sizes.tiles)
+        f"y{n}": jax.ShapeDtypeStruct((x_TI.shape[0], count * ROWS), sizes.out_dtype)
+        for n, count in enumerate(sizes.tiles)
     }
 
     def kernel(*refs, **scratch):
@@ -147,6 +151,7 @@ class _Sizes:
     has_norm: bool
     has_bias: bool
     has_residual: bool
+    out_dtype: Any
     norm_epsilon: float
     parts: int
     depth: int
@@ -172,7 +177,7 @@ def _scratch(sizes: _Sizes, dtype, optional: dict[str, jax.Array]) -> dict[str, 
     scratch: dict[str, Any] = dict(
         weights_smem=plgpu.SMEM((stages, sizes.pieces, ROWS, sizes.depth), dtype),
         tokens_smem=plgpu.SMEM((stages, tokens, sizes.depth), dtype),
-        out_smem=plgpu.SMEM((tokens, ROWS), dtype),
+        out_smem=plgpu.SMEM((tokens, ROWS), sizes.out_dtype),
         full=plgpu.Barrier(num_arrivals=sizes.num_sums + 1, num_barriers=stages),
         empty=plgpu.Barrier(num_barriers=stages),
     )
@@ -362,7 +367,7 @@ def _whole(tokens: int):
     return pl.ds(lax.axis_index("warpgroup") * 0, tokens)
 
 
-def default_settings(x_TI, weights, *, num_sms: int) -> dict[str, int]:
+def default_settings(x_TI, weights, *, num_sms: int, out_dtype=None) -> dict[str, int]:
     """As many parts as there are multiprocessors for, each of a few steps."""
     parts = 1
     steps, num_tiles = pl.cdiv(x_TI.shape[1], DEPTH), _num_tiles(weights)
@@ -373,14 +378,15 @@ def default_settings(x_TI, weights, *, num_sms: int) -> dict[str, int]:
         and _sums_bytes(x_TI, weights, 2 * parts) <= SHARED_MEMORY_BYTES // 4
     ):
         parts *= 2
-    return _settings(x_TI, weights, parts=parts, depth=DEPTH, num_sms=num_sms)
+    return _settings(x_TI, weights, parts=parts, depth=DEPTH, num_sms=num_sms, out_dtype=out_dtype)
 
 
-def _settings(x_TI, weights, *, parts: int, depth: int, num_sms: int) -> dict[str, int]:
+def _settings(x_TI, weights, *, parts: int, depth: int, num_sms: int, out_dtype) -> dict[str, int]:
     """With a ring that fills a block's share of shared memory, if there is use for it; shorter steps where two do not fit."""
     tokens, gates = padded_tokens(x_TI.shape[0]), _gates(weights)
     resident = min(MOST_RESIDENT, pl.cdiv(_num_tiles(weights) * parts, num_sms))
-    share_bytes = SHARED_MEMORY_BYTES // resident - _sums_bytes(x_TI, weights, parts) - 4 * tokens * ROWS - (4 << 10)
+    result_bytes = tokens * ROWS * (jnp.dtype(out_dtype or x_TI.dtype).itemsize + x_TI.dtype.itemsize)  # and a residual
+    share_bytes = SHARED_MEMORY_BYTES // resident - _sums_bytes(x_TI, weights, parts) - result_bytes - (4 << 10)
     row_bytes = 2 * (gates * ROWS + tokens + 2)  # of a column of a slot
     while depth > SWIZZLED and 2 * depth * row_bytes > share_bytes:
         depth //= 2
@@ -401,12 +407,12 @@ def _sums_bytes(x_TI, weights, parts: int) -> int:
     return (parts - 1) * (_gates(weights) + 1) * ROWS * padded_tokens(x_TI.shape[0]) * 4
 
 
-def candidates(x_TI, weights, **arguments) -> list[dict[str, int]]:
+def candidates(x_TI, weights, *, out_dtype=None, **arguments) -> list[dict[str, int]]:
     """Settings worth trying, the default first."""
     num_sms = dispatch.current_device().num_sms
-    default = default_settings(x_TI, weights, num_sms=num_sms)
+    default = default_settings(x_TI, weights, num_sms=num_sms, out_dtype=out_dtype)
     others = [
-        _settings(x_TI, weights, parts=parts, depth=depth, num_sms=num_sms)
+        _settings(x_TI, weights, parts=parts, depth=depth, num_sms=num_sms, out_dtype=out_dtype)
         for depth in (64, 128, 256)
         for parts in (1, 2, 4, 8)
         if parts * depth <= x_TI.shape[1] and _sums_bytes(x_TI, weights, parts) <= SHARED_MEMORY_BYTES // 4
@@ -414,12 +420,13 @@ def candidates(x_TI, weights, **arguments) -> list[dict[str, int]]:
     return [default, *(other for other in others if other != default)]
 
 
-def shape_key(weights) -> str:
+def shape_key(weights, out_dtype=None) -> str:
     gates = f" G{weights[0].shape[0]}" if weights[0].ndim == 3 else ""
-    return f"I{weights[0].shape[-1]} O{'+'.join(str(weight.shape[-2]) for weight in weights)}{gates}"
+    out = "" if out_dtype is None else f" {jnp.dtype(out_dtype)}"
+    return f"I{weights[0].shape[-1]} O{'+'.join(str(weight.shape[-2]) for weight in weights)}{gates}{out}"
 
 
-def _supports(device: dispatch.Device, x_TI, weights, **arguments) -> str | None:
+def _supports(device: dispatch.Device, x_TI, weights, *, bias_O=None, **arguments) -> str | None:
     if not device.is_hopper:
         return f"it needs a Hopper GPU, and this is {device.kind}"
     for name, array in (("x_TI", x_TI), *(("a weight", weight) for weight in weights)):
@@ -428,8 +435,9 @@ def _supports(device: dispatch.Device, x_TI, weights, **arguments) -> str | None
     if x_TI.shape[1] % SWIZZLED:
         return f"it reads {SWIZZLED} columns at a time, and x_TI has {x_TI.shape[1]}"
     outs = [weight.shape[-2] for weight in weights]
-    if any(out % 16 for out in outs):
-        return f"it computes multiples of 16 columns, and the weights have {', '.join(map(str, outs))}"
+    grain = 8 if bias_O is None else 16  # rows that are swizzled together; numbers of a copy
+    if any(out % grain for out in outs):
+        return f"it computes multiples of {grain} columns, and the weights have {', '.join(map(str, outs))}"
     if x_TI.shape[0] > MOST_TOKENS:
         return f"it keeps all rows in one tile: at most {MOST_TOKENS}, got {x_TI.shape[0]}"
     return None

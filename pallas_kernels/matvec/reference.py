@@ -14,14 +14,23 @@ from pallas_kernels.experts.reference import activate
 
 
 def matvec(
-    x_TI, weights, *, norm_weight_I=None, norm_epsilon=1e-6, bias_O=None, residual_TO=None, activation=None
+    x_TI,
+    weights,
+    *,
+    norm_weight_I=None,
+    norm_epsilon=1e-6,
+    bias_O=None,
+    residual_TO=None,
+    activation=None,
+    out_dtype=None,
 ) -> tuple[jax.Array, ...]:
     """One result for each weight; `weights` is a tuple here, and `bias_O` too unless it is None."""
     if norm_weight_I is not None:
         x_TI = rms_norm(x_TI, norm_weight_I, epsilon=norm_epsilon)
     biases = bias_O or (None,) * len(weights)
     return tuple(
-        _project(x_TI, weight, bias, residual_TO, activation) for weight, bias in zip(weights, biases, strict=True)
+        _project(x_TI, weight, bias, residual_TO, activation).astype(out_dtype or x_TI.dtype)
+        for weight, bias in zip(weights, biases, strict=True)
     )
 
 
@@ -33,7 +42,7 @@ def rms_norm(x_TI, weight_I, *, epsilon: float) -> jax.Array:
 
 
 def _project(x_TI, weight, bias_O, residual_TO, activation) -> jax.Array:
-    """`x @ weight.T` and all that follows it in float32, rounded once."""
+    """`x @ weight.T` and all that follows it in float32."""
     product = functools.partial(jnp.einsum, precision=precision.full(x_TI.dtype), preferred_element_type=jnp.float32)
     if activation is None:
         y_TO = product("TI,OI->TO", x_TI, weight)
@@ -43,7 +52,7 @@ def _project(x_TI, weight, bias_O, residual_TO, activation) -> jax.Array:
     for addend in (bias_O, residual_TO):
         if addend is not None:
             y_TO = y_TO + addend.astype(jnp.float32)
-    return y_TO.astype(x_TI.dtype)
+    return y_TO
 
 
 IMPLEMENTATION = Implementation("reference", supports=lambda device, *args, **kwargs: None, run=matvec)

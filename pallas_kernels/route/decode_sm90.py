@@ -128,7 +128,7 @@ class _Sizes:
         parts_bytes = 4 * self.owned * self.blocks * self.tiles * TILE * GROUP
         choice_bytes = 4 * self.tiles * TILE * (2 * self.owned * GROUP + _Choice.NUM_SCORES * self.workers + 4)
         flags_bytes = 4 * self.blocks * TILE * GROUP
-        norm_bytes = 4 * TILE * (TILE + self.workers) if self.has_norm else 0
+        norm_bytes = 4 * TILE * (TILE + self.workers + self.steps) if self.has_norm else 0
         return tokens_bytes + parts_bytes + choice_bytes + flags_bytes + norm_bytes + 8 * TILE * self.workers
 
 
@@ -187,7 +187,7 @@ def _route(
         num_threads=sizes.workers + 1,
         thread_name="warpgroup",
         kernel_name="route_decode",
-        scratch_types=_scratch(sizes, num_biases=len(biases)),
+        scratch_types=_scratch(sizes, num_biases=len(biases), norm_dtype=norm_arrays[0].dtype if norm_arrays else None),
         compiler_params=plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane),
     )(x_TD, gate_ED, *norm_arrays, *biases.values())
     plan = DecodePlan(combine_ET, active_E, num_active, signals)
@@ -206,7 +206,7 @@ def _rows_for_tma(array_RD: jax.Array) -> jax.Array:
     return array_RD if rows < 8 else jnp.pad(array_RD, ((0, -rows % 8), (0, 0)))
 
 
-def _scratch(sizes: _Sizes, *, num_biases: int) -> dict[str, Any]:
+def _scratch(sizes: _Sizes, *, num_biases: int, norm_dtype) -> dict[str, Any]:
     tiles, stages, owned = sizes.tiles, sizes.stages, sizes.owned
     return dict(
         gate_smem=plgpu.SMEM((stages, tiles, TILE, TILE), jnp.bfloat16, transforms=_OPERAND),
@@ -224,18 +224,19 @@ def _scratch(sizes: _Sizes, *, num_biases: int) -> dict[str, Any]:
         counts_smem=plgpu.SMEM((2, tiles * TILE), jnp.int32),
         full=plgpu.Barrier(num_arrivals=tiles, num_barriers=stages),
         empty=plgpu.Barrier(num_arrivals=sizes.multipliers, num_barriers=stages),
-        x_loaded=plgpu.Barrier(num_arrivals=1, num_barriers=sizes.steps),
+        x_loaded=plgpu.Barrier(num_arrivals=1 + sizes.has_norm, num_barriers=sizes.steps),
         biases_loaded=plgpu.Barrier(num_arrivals=max(1, num_biases * tiles)),
         parts_received=plgpu.Barrier(num_arrivals=owned * sizes.blocks * tiles),
         logits_done=plgpu.Barrier(num_arrivals=sizes.workers),
         tokens_done=plgpu.Barrier(num_arrivals=sizes.workers),
         flags_received=plgpu.Barrier(num_arrivals=max(1, sizes.choosers - 1)),
-        **(_norm_scratch(sizes) if sizes.has_norm else {}),
+        **(_norm_scratch(sizes, norm_dtype) if sizes.has_norm else {}),
     )
 
 
-def _norm_scratch(sizes: _Sizes) -> dict[str, Any]:
+def _norm_scratch(sizes: _Sizes, dtype) -> dict[str, Any]:
     return dict(
+        norm_weight_smem=plgpu.SMEM((sizes.steps, TILE), dtype),
         squares_smem=plgpu.SMEM(
             (TILE, TILE), jnp.float32
         ),  # rows of tokens, summed over the block's tiles of the width
@@ -249,8 +250,10 @@ def _route_kernel(
     x_gmem, gate_gmem, *refs, sizes: _Sizes, rule: RoutingRule, norm_epsilon: float, bias_names: tuple[str, ...],
     **scratch,
 ):  # fmt: skip
-    first = int(sizes.has_norm)  # the norm's weights come first and the normalised rows last
-    bias_gmems, outputs = refs[first : first + len(bias_names)], refs[first + len(bias_names) : len(refs) - first]
+    norm_weight_gmem, normed_gmem = None, None
+    if sizes.has_norm:
+        norm_weight_gmem, normed_gmem, refs = refs[0], refs[-1], refs[1:-1]
+    bias_gmems, outputs = refs[: len(bias_names)], refs[len(bias_names) :]
     *choice_gmems, active_gmem, num_active_gmem, signals_gmem = outputs
     smem = types.SimpleNamespace(**scratch)
     block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -263,7 +266,7 @@ def _route_kernel(
         def _(warp):
             @pl.when(warp == 0)
             def _():
-                _load(sizes, x_gmem, gate_gmem, bias_gmems, smem, block)
+                _load(sizes, x_gmem, gate_gmem, bias_gmems, norm_weight_gmem, smem, block)
 
     @pl.when((warpgroup == sizes.workers - 1) & (block == sizes.blocks - 1))
     def _clear_signals():
@@ -274,7 +277,7 @@ def _route_kernel(
 
         @pl.when(warpgroup < sizes.workers)
         def _normalise_rows():
-            _normalise(sizes, norm_epsilon, smem, block, warpgroup, refs[0], refs[-1])
+            _normalise(sizes, norm_epsilon, smem, block, warpgroup, normed_gmem)
 
     @pl.when(warpgroup < sizes.multipliers)
     def _multiply_all():
@@ -319,10 +322,10 @@ def _route_kernel(
 
         @pl.when(block == 0)
         def _():
-            _write_active(sizes, smem, _all_flags(sizes, smem, flags), active_gmem, num_active_gmem)
+            _write_active(sizes, rule, smem, _all_flags(sizes, smem, flags), active_gmem, num_active_gmem)
 
 
-def _load(sizes: _Sizes, x_gmem, gate_gmem, bias_gmems, smem, block) -> None:
+def _load(sizes: _Sizes, x_gmem, gate_gmem, bias_gmems, norm_weight_gmem, smem, block) -> None:
     """One warp streams the block's columns of gate and tokens through the ring."""
     for index, bias_gmem in enumerate(bias_gmems):
         for i in range(sizes.tiles):
@@ -333,6 +336,9 @@ def _load(sizes: _Sizes, x_gmem, gate_gmem, bias_gmems, smem, block) -> None:
     def _(step):
         source = x_gmem.at[_all_tokens(sizes), _columns(sizes, block, step)]
         plgpu.copy_gmem_to_smem(source, smem.x_smem.at[step], smem.x_loaded.at[step])
+        if norm_weight_gmem is not None:
+            source = norm_weight_gmem.at[_columns(sizes, block, step)]
+            plgpu.copy_gmem_to_smem(source, smem.norm_weight_smem.at[step], smem.x_loaded.at[step])
 
     @pl.loop(0, _num_steps(sizes, block))
     def _(step):
@@ -364,7 +370,7 @@ def _traced(start: int):
     return lax.axis_index("block") * 0 + start
 
 
-def _normalise(sizes: _Sizes, epsilon: float, smem, block, warpgroup, weight_gmem, normed_gmem) -> None:
+def _normalise(sizes: _Sizes, epsilon: float, smem, block, warpgroup, normed_gmem) -> None:
     """Replaces the block's columns of the tokens by normalised ones, and writes them."""
     num_steps = _num_steps(sizes, block)
 
@@ -388,7 +394,7 @@ def _normalise(sizes: _Sizes, epsilon: float, smem, block, warpgroup, weight_gme
         def _():
             plgpu.barrier_wait(smem.x_loaded.at[step])
 
-        weight_D = plgpu.load(weight_gmem.at[columns], layout=ROWS, optimized=False).astype(jnp.float32)
+        weight_D = plgpu.load(smem.norm_weight_smem.at[step], layout=ROWS, optimized=False).astype(jnp.float32)
         x_DT = _load_transposed(smem.x_smem.at[step])
         inverse_DT, weight_DT = (
             lax.broadcast_in_dim(vector, x_DT.shape, (dim,)) for vector, dim in ((inverse_T, 1), (weight_D, 0))
@@ -544,9 +550,7 @@ class _Choice:
         """What the choice is made by, and the exponentials of the logits where the rule has a softmax."""
         if self.rule.score == "sigmoid":
             return [1.0 / (1.0 + jnp.exp(-logit)) for logit in logits], None
-        self.publish(self.SELECTION, logits)
-        largest = self.over_chunks(lambda c, tile: jnp.maximum(tile, self.columns(self.SELECTION, c)), start=-jnp.inf)
-        peak = jnp.max(largest, axis=1)
+        peak = jnp.max(self.over_experts(self.SELECTION, logits, jnp.maximum, start=-jnp.inf), axis=1)
         exps = [jnp.exp(logit - peak) for logit in logits]
         if self.rule.score == "topk_softmax":
             return logits, exps
@@ -661,8 +665,13 @@ class _Choice:
             self.smem.scores_smem[self.warpgroup, name, i] = values[i]
 
     def total(self, name: int, values):
-        self.publish(name, values)
-        return jnp.sum(self.over_chunks(lambda c, tile: tile + self.columns(name, c)), axis=1)
+        return jnp.sum(self.over_experts(name, values, jnp.add), axis=1)
+
+    def over_experts(self, name: int, values, combine, *, start: float = 0.0):
+        """A tile of which each row is, combined along it, all experts' values combined."""
+        self.smem.scores_smem[self.warpgroup, name, 0] = functools.reduce(combine, values)
+        stop = min(self.num_chunks, TILE // self.chunk)
+        return self.over_chunks(lambda c, tile: combine(tile, self.columns(name, c)), stop=stop, start=start)
 
     def rows(self, ref):
         return plgpu.load(ref, layout=ROWS, optimized=False)
@@ -761,29 +770,32 @@ def _own_flags(sizes: _Sizes, rule: RoutingRule, smem, replica):
     return flags
 
 
-def _write_active(sizes: _Sizes, smem, flags, active_gmem, num_active_gmem) -> None:
+def _write_active(sizes: _Sizes, rule: RoutingRule, smem, flags, active_gmem, num_active_gmem) -> None:
     """The flagged experts in ascending order: place r belongs to the expert up to which more than r are flagged."""
     tiles, chunk = range(sizes.tiles), 32
 
     def ids(start, dim: int):
         return plgpu.broadcasted_iota(jnp.int32, (TILE, chunk), dim, layout=plgpu.Layout.WGMMA) + start
 
-    def count(kind: int, stop: int, is_counted):
+    def count(kind: int, first: int, stop: int, is_counted):
         def add(c, tile):
             vector = plgpu.load(smem.counts_smem.at[kind, pl.ds(c * chunk, chunk)], layout=COLUMNS, optimized=False)
             columns = lax.broadcast_in_dim(vector, (TILE, chunk), (1,))
             return tile + jnp.where(is_counted(columns, ids(c * chunk, 1)), 1.0, 0.0)
 
         zeros = plgpu.layout_cast(jnp.zeros((TILE, chunk), jnp.float32), plgpu.Layout.WGMMA)
-        return jnp.sum(_fold(0, stop // chunk, add, zeros), axis=1).astype(jnp.int32)
+        return jnp.sum(_fold(first // chunk, stop // chunk, add, zeros), axis=1).astype(jnp.int32)
 
     for i in tiles:
         smem.counts_smem[0, pl.ds(i * TILE, TILE)] = flags[i]
     for i in tiles:
-        up_to = count(0, (i + 1) * TILE, lambda flag, id, i=i: (flag > 0) & (id <= ids(i * TILE, 0)))
-        smem.counts_smem[1, pl.ds(i * TILE, TILE)] = up_to
+        first, stop = i * TILE, (i + 1) * TILE
+        up_to = count(0, first, stop, lambda flag, id, first=first: (flag > 0) & (id <= ids(first, 0)))
+        smem.counts_smem[1, pl.ds(first, TILE)] = up_to + (smem.counts_smem[1, first - 1] if i else 0)
     for i in tiles:
-        active = count(1, sizes.tiles * TILE, lambda up_to, id, i=i: up_to <= ids(i * TILE, 0))
+        active = _row_ids() * 0 + sizes.experts
+        if i * TILE < sizes.tokens * rule.top_k:
+            active = count(1, 0, sizes.tiles * TILE, lambda up_to, id, i=i: up_to <= ids(i * TILE, 0))
         staging = smem.counts_smem.at[0, pl.ds(i * TILE, TILE)]
         _write_tile(active_gmem, sizes.experts, i, jnp.minimum(active, sizes.experts), lambda place: (place,), staging)
     num_active_gmem[0] = smem.counts_smem[1, sizes.tiles * TILE - 1]

@@ -53,7 +53,8 @@ def test_a_decode_step_is_few_launches_and_copies_nothing(name: str, batch: int,
     program = aot.compile_for_h200(programs.advance, leaves, state, request.inputs, limit, done_B, donate=(1,))
 
     counts = {kernel: program.launches.count(kernel) for kernel in KERNELS}
-    assert counts == dict.fromkeys(KERNELS, LAYERS) | dict(matvec=projections * LAYERS)
+    head = 0 if config["vocab_size"] % 8 else 1
+    assert counts == dict.fromkeys(KERNELS, LAYERS) | dict(matvec=projections * LAYERS + head)
     others = len(program.launches) - sum(counts.values())
     beside = LAYERS * MOST_BESIDE_KERNELS if projections > 2 else 0
     assert others <= beside + MOST_OF_A_STEP, program.launches

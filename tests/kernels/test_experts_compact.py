@@ -1,4 +1,4 @@
-"""The compact kernel in one launch, which is not chosen yet: its arithmetic by hand, its numbers against the definition."""
+"""The compact kernel's arithmetic by hand; its numbers are tested with those of all kernels in `test_kernels.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import aot, interpret
-from pallas_kernels.experts import cases, compact_one_launch_sm90, reference
+from pallas_kernels.experts import cases, compact_sm90
 from pallas_kernels.experts.compact_plan_sm90 import Plan, Sizes
 from pallas_kernels.experts.compact_schedule import Deal, chunks_of_down
 
@@ -142,41 +142,6 @@ def _plan_by_hand(local_M: np.ndarray, num_experts: int, most_tokens: int):
     return rows, tiles, end
 
 
-CASES = {case.name: case for case in cases.AWKWARD if case.dtype == "bfloat16"}
-
-
-def _runner(case: cases.Case):
-    """The kernel on the case's arguments, jitted: a fresh one to be interpreted, the same one to be repeated."""
-    operands, named = cases.arguments(case)
-    arrays, static = aot.split_arrays(named)
-    run = jax.jit(lambda operands, arrays: compact_one_launch_sm90.experts(*operands, **arrays, **static))
-    return lambda: jax.block_until_ready(run(operands, arrays))
-
-
-def _check(result, case: cases.Case) -> None:
-    """As close to the definition as it is itself in bfloat16, and half an ulp with roundings in between."""
-    operands, named = cases.arguments(case)
-    x_TD, *rest = operands
-    exact = reference.experts(x_TD.astype(jnp.float32), *rest, **named)
-    own = reference.experts(*operands, **named).astype(jnp.float32)
-    norm = max(float(jnp.linalg.norm(exact)), 1e-30)
-    error, own_error = (float(jnp.linalg.norm(each - exact)) / norm for each in (result.astype(jnp.float32), own))
-    assert error <= min(4e-3, 1.2 * own_error + 1e-9)
-
-
-@pytest.mark.parametrize("name", ["off_the_tile", "odd_multiples_of_16", "relu_without_gate", "biases_upper_half"])
-def test_interpreted(name):
-    with interpret.interpreting():
-        result = _runner(CASES[name])()
-    _check(result, CASES[name])
-
-
-def test_no_races():
-    with interpret.interpreting(detect_races=True) as detector:
-        _runner(CASES["odd_multiples_of_64"])()
-    assert not detector.races_found
-
-
 @pytest.mark.aot
 @pytest.mark.parametrize(("name", "tokens"), [("qwen3-30b", 64), ("gpt-oss", 300)])
 def test_compiles_to_one_launch(name, tokens):
@@ -184,19 +149,9 @@ def test_compiles_to_one_launch(name, tokens):
     operands, named = aot.shapes_of(functools.partial(cases.arguments, case))
     arrays, static = aot.split_arrays(named)
     program = aot.compile_for_h200(
-        lambda operands, arrays: compact_one_launch_sm90.experts(*operands, **arrays, **static), operands, arrays
+        lambda operands, arrays: compact_sm90.experts(*operands, **arrays, **static), operands, arrays
     )
     (kernel,) = program.kernels
     assert kernel.spill_bytes == 0
     assert kernel.shared_memory_bytes <= aot.SHARED_MEMORY_BYTES
     assert len(program.launches) == 2, "the kernel, and zeros to signal with"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", [*CASES.values(), cases.Case("gpt-oss-64", 64, cases.LAYERS["gpt-oss"])])
-def test_on_gpu(case):
-    run = _runner(case)
-    result = run()
-    _check(result, case)
-    for _ in range(30):
-        assert (run() == result).all()

@@ -41,6 +41,11 @@ def test_a_tuple_of_weights_gives_a_tuple() -> None:
         (r"expected bias_O of shape \(16,\), got \(32,\)", WEIGHT_OI, dict(bias_O=jnp.ones(32))),
         ("expected a bias for each of 2 weights, got 1", (WEIGHT_OI,) * 2, dict(bias_O=(jnp.ones(16),))),
         (r"expected residual_TO of shape \(3, 16\), got \(1, 16\)", WEIGHT_OI, dict(residual_TO=jnp.ones((1, 16)))),
+        (
+            "expected out_dtype to be float32 or bfloat16, that of x_TI, got float16",
+            WEIGHT_OI,
+            dict(out_dtype="float16"),
+        ),
         ("expected one weight beside residual_TO, got 2", (WEIGHT_OI,) * 2, dict(residual_TO=jnp.ones((3, 16)))),
     ],
 )
@@ -50,20 +55,27 @@ def test_refuses(message, weights, named) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "x_TI", "weight_OI"),
+    ("reason", "x_TI", "weight_OI", "named"),
     [
-        ("at most 64, got 65", jnp.ones((65, 64), jnp.bfloat16), jnp.ones((16, 64), jnp.bfloat16)),
-        ("64 columns at a time, and x_TI has 32", X_TI, WEIGHT_OI),
+        ("at most 64, got 65", jnp.ones((65, 64), jnp.bfloat16), jnp.ones((16, 64), jnp.bfloat16), {}),
+        ("64 columns at a time, and x_TI has 32", X_TI, WEIGHT_OI, {}),
         (
             "multiples of 16 columns, and the weights have 8",
             jnp.ones((3, 64), jnp.bfloat16),
             jnp.ones((8, 64), jnp.bfloat16),
+            dict(bias_O=(jnp.ones(8),)),
         ),
-        ("a weight is float32", X_TI, WEIGHT_OI.astype(jnp.float32)),
+        (
+            "multiples of 8 columns, and the weights have 4",
+            jnp.ones((3, 64), jnp.bfloat16),
+            jnp.ones((4, 64), jnp.bfloat16),
+            {},
+        ),
+        ("a weight is float32", X_TI, WEIGHT_OI.astype(jnp.float32), {}),
     ],
 )
-def test_the_kernel_says_why_not(reason, x_TI, weight_OI) -> None:
-    assert reason in kernel.IMPLEMENTATION.supports(Device("gpu", "NVIDIA H200", 132), x_TI, (weight_OI,))
+def test_the_kernel_says_why_not(reason, x_TI, weight_OI, named) -> None:
+    assert reason in kernel.IMPLEMENTATION.supports(Device("gpu", "NVIDIA H200", 132), x_TI, (weight_OI,), **named)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 64])

@@ -216,6 +216,11 @@ def test_generation_is_measured_and_drawn(tmp_path, config_path, run):
     assert {"attention", "experts", "norms", "sampling", "gaps"} <= profile["operators_us"].keys()
     assert sum(profile["operators_us"].values()) == pytest.approx(profile["step_us"], abs=0.1)
     assert list((tmp_path / "trace").glob("plugins/profile/*/*.trace.json.gz"))
+    read = tmp_path / "prefill.jsonl"
+    run("profile_step", *tiny, "--phase", "prefill", "--batch", 2, "--prompt", 24, "--output", read)
+    (prefill,) = records(read)
+    assert {"attention", "experts", "norms", "routing"} <= prefill["operators_us"].keys()
+    assert sum(prefill["operators_us"].values()) == pytest.approx(prefill["step_us"], abs=0.1)
 
     run("experts_sweep", *tiny, "--experts", 1, 4, "--new-tokens", 16, "--output", folder / "experts_sweep.jsonl")
     assert {(p["experts"], p["active"]) for p in records(folder / "experts_sweep.jsonl")} == {(1, 1), (4, 2)}
@@ -402,18 +407,17 @@ def test_what_has_a_line_is_not_measured_again(load_script, tmp_path):
 def test_kernels_are_timed_where_they_can_run(load_script):
     script = load_script("benchmark_kernels")
     with dispatch.compiling_for(H200):
-        tasks = script.tasks_of(["qwen3-30b"], [32, 64, 2048], list(script.KERNELS), [])
+        tasks = script.tasks_of(["qwen3-30b"], [16, 32, 64, 2048], list(script.KERNELS), [])
         others = [(task.what, task.tokens) for task in tasks if task.what != script.OURS]
         assert sorted(others) == [
-            ("compact", 32), ("compact", 64),
-            ("compact_one_launch", 32), ("compact_one_launch", 64),
-            ("decode", 32),
-            ("grouped", 32), ("grouped", 64), ("grouped", 2048),
+            ("compact", 16), ("compact", 32), ("compact", 64),
+            ("decode", 16),
+            ("grouped", 16), ("grouped", 32), ("grouped", 64), ("grouped", 2048),
         ]  # fmt: skip
         weights = jax.eval_shape(functools.partial(script.make_weights, script.LAYERS["qwen3-30b"],
                                                    script.ROUTERS["qwen3-30b"]), script.SEED)  # fmt: skip
         x_TD = jax.ShapeDtypeStruct((64, 2048), jnp.bfloat16)
-        layer = script.layer_function("qwen3-30b", run_experts=script.KERNELS["compact_one_launch"].run)
+        layer = script.layer_function("qwen3-30b", run_experts=script.KERNELS["compact"].run)
         assert jax.eval_shape(layer, x_TD, weights)[0] == x_TD
 
 
@@ -443,9 +447,10 @@ def test_candidates_differ_and_kernels_are_those_that_run(tuned_points):
     for key, candidates in tuned_points.items():
         assert len({json.dumps(each, sort_keys=True) for each in candidates}) == len(candidates) > 1, key
     chosen = {
-        tokens: {op for op, _, n in tuned_points if n == tokens and op.startswith("experts")} for tokens in (8, 4096)
+        tokens: {op for op, _, n in tuned_points if n == tokens and op.startswith("experts")}
+        for tokens in (8, 64, 4096)
     }
-    assert chosen == {8: {"experts.decode"}, 4096: {"experts.compact", "experts.grouped"}}
+    assert chosen == {8: {"experts.decode"}, 64: {"experts.compact"}, 4096: {"experts.grouped"}}
 
 
 @pytest.mark.aot
