@@ -33,14 +33,15 @@ lint: $(dev)
 aot: $(dev) $(aot)
 	JAX_PLATFORMS=cpu $(PYTHON) -m pytest -n $(JOBS) -m aot
 
-# One GPU and many processes, since lowering a kernel is Python; all cases of a large layer in the same one, since each keeps
-# the memory that it took. XLA does not time alternatives meanwhile. A kernel that never ends takes its process with it,
-# and another comes in its place.
+# One GPU and many processes, since lowering a kernel is Python; the cases of a large layer in the same one, and huge layers
+# afterwards, since processes keep the memory that they took. XLA does not time alternatives meanwhile. A kernel that never
+# ends takes its process with it, and another comes in its place.
+gpu_tests := --dist loadgroup --max-worker-restart 50 -o faulthandler_timeout=240 -o faulthandler_exit_on_timeout=true
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE := false
 test-gpu: export XLA_FLAGS += --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false
 test-gpu: $(dev) $(cuda)
-	$(PYTHON) -m pytest -m gpu -n $(GPU_JOBS) --dist loadgroup --max-worker-restart 50 \
-		-o faulthandler_timeout=240 -o faulthandler_exit_on_timeout=true
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.12 $(PYTHON) -m pytest -m "gpu and not huge" -n $(GPU_JOBS) $(gpu_tests)
+	XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 $(PYTHON) -m pytest -m "gpu and huge" -n 1 $(gpu_tests)
 
 bench: $(dev) $(cuda)
 	$(PYTHON) scripts/benchmark_kernels.py --again

@@ -54,6 +54,7 @@ ROTATED_BYTES = 1e9
 LEAST_ROUTINGS = 2
 # Two bfloat16 computations, each within 4e-3 of the true value.
 LARGEST_ERROR = 8e-3
+MOST_PARTED = 0.01  # of the tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +163,8 @@ def compile_point(name: str, tokens: int, layer: LayerFunction) -> Programs:
     """What one shape and token count needs, `layer` being ours."""
     x_TD = jax.ShapeDtypeStruct((tokens, LAYERS[name].model_width), jnp.bfloat16)
 
+    weights = jax.eval_shape(functools.partial(make_weights, LAYERS[name], ROUTERS[name]), SEED)
+
     def new_x(seed: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.key(seed, impl="rbg"), x_TD.shape, x_TD.dtype)
 
@@ -170,7 +173,7 @@ def compile_point(name: str, tokens: int, layer: LayerFunction) -> Programs:
         "xla": compile_baseline(name, tokens, "xla"),
         "new_weights": compile_new_weights(name),
         "new_x": jax.jit(new_x).lower(SEED).compile(),
-        "relative_error": jax.jit(relative_error).lower(x_TD, x_TD).compile(),
+        "compare": jax.jit(compare).lower(*[jax.eval_shape(layer, x_TD, weights)] * 2).compile(),
     }
 
 
@@ -188,9 +191,12 @@ def measure(name: str, tokens: int, programs: Programs) -> dict[str, Any]:
     weights = [programs["new_weights"](np.int32(index)) for index in range(copies(LAYERS[name]))]
     count = max(timing.rotations(Case(name, tokens, LAYERS[name]).read_bytes), len(weights), LEAST_ROUTINGS)
     inputs = [(programs["new_x"](np.int32(index)), weights[index % len(weights)]) for index in range(count)]
-    error = float(programs["relative_error"](programs["ours"](*inputs[0])[0], programs["xla"](*inputs[0])[0]))
-    if not error <= LARGEST_ERROR:
-        raise ValueError(f"expected a relative error of at most {LARGEST_ERROR}, got {error}")
+    error, parted = map(float, programs["compare"](programs["ours"](*inputs[0]), programs["xla"](*inputs[0])))
+    if not (error <= LARGEST_ERROR and parted * tokens <= max(1, MOST_PARTED * tokens)):
+        raise ValueError(
+            f"expected a relative error of at most {LARGEST_ERROR} where experts agree, and other experts for at most "
+            f"{MOST_PARTED:.0%} of the tokens; got {error} and {parted:.2%}"
+        )
     active = [active_experts(programs["ours"](*arguments)[1]) for arguments in inputs]
     mean_active = sum(active) / len(active)
     measured = timing.measure(programs["ours"], inputs)
@@ -203,6 +209,7 @@ def measure(name: str, tokens: int, programs: Programs) -> dict[str, Any]:
         "fraction_of_floor": round(floor / measured.time_us, 4),
         "active_experts": round(mean_active, 2),
         "relative_error": error,
+        "tokens_of_other_experts": round(parted * tokens),
         "kernels": [[kernel, round(time_us, 2)] for kernel, time_us in measured.kernels],
         "baselines_us": {"xla": baseline_us(programs["xla"], inputs[0])} if tokens in BASELINE_TOKENS else {},
     }
@@ -212,9 +219,15 @@ def baseline_us(program: Any, arguments: tuple[jax.Array, Weights]) -> float:
     return round(timing.measure(program, [arguments], repeats=2).time_us, 1)
 
 
-def relative_error(y_TD: jax.Array, exact_TD: jax.Array) -> jax.Array:
-    exact_TD = exact_TD.astype(jnp.float32)
-    return jnp.linalg.norm(y_TD.astype(jnp.float32) - exact_TD) / jnp.linalg.norm(exact_TD)
+def compare(ours: tuple[jax.Array, jax.Array], theirs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The relative error over tokens that went to the same experts, and the share of those that did not.
+
+    Where two experts' logits are nearly equal, sums in another order may choose the other one.
+    """
+    (y_TD, experts_TA), (exact_TD, exact_experts_TA) = ours, theirs
+    is_same_T = (jnp.sort(experts_TA, axis=1) == jnp.sort(exact_experts_TA, axis=1)).all(axis=1)
+    y_TD, exact_TD = (jnp.where(is_same_T[:, None], each_TD.astype(jnp.float32), 0.0) for each_TD in (y_TD, exact_TD))
+    return jnp.linalg.norm(y_TD - exact_TD) / jnp.linalg.norm(exact_TD), 1.0 - is_same_T.mean()
 
 
 @dataclasses.dataclass(frozen=True)

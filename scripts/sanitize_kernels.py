@@ -29,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from flags import count, require_writable, seconds
 
-from pallas_kernels import aot, dispatch, timing
+from pallas_kernels import aot, dispatch, processes, timing
 from pallas_kernels.decode_attention import api as attention_api
 from pallas_kernels.decode_attention import cases as attention_cases
 from pallas_kernels.experts import api as experts_api
@@ -98,7 +98,6 @@ def check(task: Task, *, sanitizer: str) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         start_new_session=True,  # the sanitizer starts Python in turn: both have to end
     )
     try:
@@ -127,6 +126,7 @@ def main() -> int:
     flags = parser.parse_args()
     deadline_s = time.monotonic() + flags.seconds
 
+    processes.share_gpu()
     if dispatch.current_device().platform != "gpu":
         print(f"needs a GPU; jax sees {dispatch.current_device().kind}", file=sys.stderr)
         return 2

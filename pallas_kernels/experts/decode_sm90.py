@@ -401,7 +401,8 @@ class _Block:
         activated = [parts] if self.sizes.gates == PIECES else [[part] for part in parts]
         hidden = [activate(each, self.sizes.activation) for each in activated]
         weights_RT = lax.broadcast_in_dim(weights_T, (ROWS, self.sizes.tokens), (1,))
-        targets = [self.gmem.hidden.at[u, :, pl.ds(row + n * ROWS, ROWS)] for n in range(len(hidden))]
+        firsts = [row + n * ROWS for n in range(len(hidden))]
+        targets = [(first < self.sizes.width, self.gmem.hidden.at[u, :, pl.ds(first, ROWS)]) for first in firsts]
         self.store([h * weights_RT for h in hidden], targets)
 
     def prepare_down(self, tile, is_mine) -> None:
@@ -417,7 +418,10 @@ class _Block:
             parts = self.plus_addend("down_bias", parts)
         if "residual" in self.optional:
             parts = self.plus_addend("residual", [part.astype(dtype).astype(part.dtype) for part in parts])
-        targets = [self.gmem.y.at[_whole(self.sizes.tokens), columns] for columns in self.columns_of_y(tile)]
+        targets = [
+            (columns.start < self.sizes.model_width, self.gmem.y.at[_whole(self.sizes.tokens), columns])
+            for columns in self.columns_of_y(tile)
+        ]
         self.store(parts, targets)
 
     def columns_of_y(self, tile):
@@ -438,14 +442,18 @@ class _Block:
         addend_smem = getattr(self.scratch, name + "_smem")
         return [part + _load_transposed(addend_smem.at[n]) for n, part in enumerate(parts)]
 
-    def store(self, tiles, targets_gmem) -> None:
+    def store(self, tiles, targets) -> None:
+        """Each tile to its target, if that `is_there`."""
         out_smem = self.scratch.out_smem
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for n, tile in enumerate(tiles):
             store_transposed(tile.astype(out_smem.dtype), out_smem.at[n])
         plgpu.commit_smem()
-        for n, target_gmem in enumerate(targets_gmem):
-            plgpu.copy_smem_to_gmem(out_smem.at[n], target_gmem)
+        for n, (is_there, target_gmem) in enumerate(targets):
+            # Past the end of an array of one tile of columns, a copy would go to its beginning.
+            @pl.when(is_there)
+            def _copy(n=n, target_gmem=target_gmem):
+                plgpu.copy_smem_to_gmem(out_smem.at[n], target_gmem)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Grouped matrix multiplication on Hopper: tiles of rows sorted by expert, each times its own expert's matrix, transposed.
 
 One persistent launch. A producer warp streams tiles of rows and weights through a ring in shared memory that never drains
-between work items; two warpgroups multiply 64 rows each, and the second only keeps step where a tile has 64 rows or fewer.
+between work items; two warpgroups multiply in turns of 64 rows, as many as the tile has, and only keep step if there are none.
 Two epilogues: `grouped_up` applies the expert's activation, `grouped_down` stores rows in float16 beside a scale.
 
 Items are dealt out in turn, and those of the last waves go to whichever SM is free: they differ in height.
@@ -27,7 +27,7 @@ from pallas_kernels.experts.reference import CLAMP, SIGMOID_SLOPE
 ROWS = 64  # of one warpgroup
 SWIZZLED = 64  # elements of 2 bytes in the widest swizzle
 WARPGROUPS = 2  # that multiply
-TILE_ROWS = ROWS * WARPGROUPS
+RING_COLUMNS = 1536  # of 64 elements, of rows and weights in all slots together
 TAIL = 3  # waves of items that blocks of their own work on, at most
 SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
 
@@ -36,10 +36,11 @@ SMALLEST_SCALE = 1e-30  # keeps the scale of a row of zeros invertible
 class Tile:
     """How the work is cut.
 
-    columns: of the output, per gate. band: tiles of rows that are multiplied by the same columns one after another, so
-    that weights come from memory once and then from the L2 cache.
+    rows: of a tile, at most. columns: of the output, per gate. band: tiles of rows that are multiplied by the same columns
+    one after another, so that weights come from memory once and then from the L2 cache.
     """
 
+    rows: int
     columns: int
     band: int
 
@@ -196,8 +197,8 @@ def _grouped_matmul(
         thread_name="warpgroup",
         kernel_name=name,
         scratch_types=dict(
-            rows_smem=plgpu.SMEM((stages, TILE_ROWS, sizes.step_depth), dtype),
-            weights_smem=plgpu.SMEM((stages, 2, half, sizes.step_depth), dtype),
+            rows_smem=plgpu.SMEM((stages, tile.rows, sizes.step_depth), dtype),
+            weights_smem=plgpu.SMEM((stages, 2 * half, sizes.step_depth), dtype),
             out_smem=plgpu.SMEM((WARPGROUPS, ROWS, half), out_types[0].dtype),
             full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
@@ -242,9 +243,14 @@ class _Sizes:
         return [(0, 0), (1, 0)] if self.gates == 2 else [(0, 0), (0, self.half)]
 
     @property
+    def turns(self) -> int:
+        """64 rows that a warpgroup multiplies at a time, at most."""
+        return self.tile.rows // (WARPGROUPS * ROWS)
+
+    @property
     def stages(self) -> int:
         """Of the ring: as many as fit."""
-        return 4 if self.half > ROWS else 6
+        return RING_COLUMNS // (self.tile.rows + 2 * self.half)
 
 
 class _Block:
@@ -283,9 +289,11 @@ class _Block:
         height = lax.min(self.row_tiles - band * band_rows, band_rows)
         return band * band_rows + lax.rem(within, height), within // height
 
-    def first_row(self, row_tile):
-        # Divided and multiplied so that the compiler knows a multiple of 64: swizzled copies want that.
-        return lax.div(self.gmem.start[row_tile], ROWS) * ROWS
+    def rows_of(self, row_tile):
+        """First row of a tile, and how many times 64 rows it has."""
+        first = lax.div(self.gmem.start[row_tile], ROWS)
+        # Multiplied so that the compiler knows a multiple of 64: swizzled copies want that.
+        return first * ROWS, lax.div(self.gmem.end[row_tile], ROWS) - first
 
     def columns(self, column_tile, first: int):
         """Those of a half, which begins with column `first` of the tile."""
@@ -302,7 +310,7 @@ class _Block:
         @pl.loop(0, self.num_items)
         def _item(i):
             row_tile, column_tile = self.place(i)
-            expert, start = self.gmem.expert[row_tile], self.first_row(row_tile)
+            expert, rows = self.gmem.expert[row_tile], self.rows_of(row_tile)
 
             @pl.loop(0, sizes.steps)
             def _step(k):
@@ -313,47 +321,64 @@ class _Block:
                 def _reuse():
                     plgpu.barrier_wait(empty.at[slot])
 
-                self.load(slot, expert, start, column_tile, pl.ds(k * sizes.step_depth, sizes.step_depth))
+                self.load(slot, expert, rows, column_tile, pl.ds(k * sizes.step_depth, sizes.step_depth))
 
         @pl.loop(0, lax.min(self.num_items * sizes.steps, sizes.stages))
         def _drain(j):  # every completion is awaited before the block may end
             plgpu.barrier_wait(empty.at[self.slot(lax.max(self.num_items * sizes.steps - sizes.stages, 0) + j)])
 
-    def load(self, slot, expert, start, column_tile, inner) -> None:
+    def load(self, slot, expert, rows, column_tile, inner) -> None:
         gmem, scratch, full = self.gmem, self.scratch, self.scratch.full.at[slot]
-        plgpu.copy_gmem_to_smem(gmem.rows.at[pl.ds(start, TILE_ROWS), inner], scratch.rows_smem.at[slot], full)
+        start, count = rows
+        for n in range(1, self.sizes.tile.rows // ROWS + 1):
+
+            @pl.when(count == n)
+            def _rows(height=n * ROWS):
+                window = gmem.rows.at[pl.ds(start, height), inner]
+                plgpu.copy_gmem_to_smem(window, scratch.rows_smem.at[slot, pl.ds(0, height)], full)
+
+        half = self.sizes.half
         for index, (gate, first) in enumerate(self.sizes.sources):
             window = gmem.weights.at[expert, gate, self.columns(column_tile, first), inner]
-            plgpu.copy_gmem_to_smem(window, scratch.weights_smem.at[slot, index], full)
+            plgpu.copy_gmem_to_smem(window, scratch.weights_smem.at[slot, pl.ds(index * half, half)], full)
 
     # Multiplying and storing.
 
     def consume(self, i) -> None:
         row_tile, column_tile = self.place(i)
-        expert, row = self.gmem.expert[row_tile], self.first_row(row_tile) + self.warpgroup * ROWS
-        has_rows = row < self.gmem.end[row_tile]
+        expert, (row, count) = self.gmem.expert[row_tile], self.rows_of(row_tile)
+        # Warpgroups take turns: of three times 64 rows, the first has the first and the last.
+        mine = lax.div(count - self.warpgroup + (WARPGROUPS - 1), WARPGROUPS)
+        for turns in range(1, self.sizes.turns + 1):
 
-        @pl.when(has_rows)
-        def _multiply():
-            accs = [plgpu.ACC((ROWS, self.sizes.half))] * 2
-            parts = pl.run_scoped(lambda *accs: self.multiply(i, accs), *accs)
-            if self.sizes.has_bias:
-                parts = self.plus_bias(parts, expert, column_tile)
-            self.store(self.sizes.finish(parts), row, column_tile)
+            @pl.when(mine == turns)
+            def _multiply(turns=turns):
+                accs = [plgpu.ACC((ROWS, 2 * self.sizes.half))] * turns
+                products = pl.run_scoped(lambda *accs: self.multiply(i, accs), *accs)
+                for turn, product in enumerate(products):
+                    parts = [product[:, : self.sizes.half], product[:, self.sizes.half :]]
+                    if self.sizes.has_bias:
+                        parts = self.plus_bias(parts, expert, column_tile)
+                    self.store(self.sizes.finish(parts), row + self.first_of(turn), column_tile)
 
-        pl.when(jnp.logical_not(has_rows))(lambda: self.keep_step(i))
+        pl.when(mine == 0)(lambda: self.keep_step(i))
+
+    def first_of(self, turn: int):
+        """The first of the rows, counted from the tile's, that this warpgroup multiplies in a turn."""
+        return pl.multiple_of((turn * WARPGROUPS + self.warpgroup) * ROWS, ROWS)
 
     def multiply(self, i, accs):
+        """`[64, 2 * half]` for each turn."""
         scratch, steps = self.scratch, self.sizes.steps
-        rows = pl.ds(pl.multiple_of(self.warpgroup * ROWS, ROWS), ROWS)
 
         @pl.loop(0, steps)
         def _step(k):
             step = i * steps + k
             slot = self.slot(step)
             plgpu.barrier_wait(scratch.full.at[slot])
-            for index, acc in enumerate(accs):
-                plgpu.wgmma(acc, scratch.rows_smem.at[slot, rows], scratch.weights_smem.at[slot, index].T)
+            for turn, acc in enumerate(accs):
+                rows_smem = scratch.rows_smem.at[slot, pl.ds(self.first_of(turn), ROWS)]
+                plgpu.wgmma(acc, rows_smem, scratch.weights_smem.at[slot].T)
             plgpu.wgmma_wait(len(accs))  # the products of the step before are done: its slot is free
 
             @pl.when(k > 0)
@@ -365,7 +390,7 @@ class _Block:
         return [acc[...] for acc in accs]
 
     def keep_step(self, i) -> None:
-        """For a warpgroup whose rows are past the tile's end."""
+        """For a warpgroup that has no rows in the tile."""
         steps = self.sizes.steps
 
         @pl.loop(0, steps)
@@ -388,7 +413,12 @@ class _Block:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[self.warpgroup] = block
             plgpu.commit_smem()
-            columns = self.columns(column_tile, index * self.sizes.half)
-            plgpu.copy_smem_to_gmem(out_smem.at[self.warpgroup], self.outs_gmem[0].at[pl.ds(row, ROWS), columns])
+            columns, out_gmem = self.columns(column_tile, index * self.sizes.half), self.outs_gmem[0]
+
+            # Past the end of an array of one tile of columns, a copy would go to its beginning.
+            @pl.when(columns.start < out_gmem.shape[1])
+            def _copy(columns=columns, out_gmem=out_gmem):
+                plgpu.copy_smem_to_gmem(out_smem.at[self.warpgroup], out_gmem.at[pl.ds(row, ROWS), columns])
+
         for scale, scales_gmem in zip(scales, self.outs_gmem[1:], strict=True):
             scales_gmem[column_tile, pl.ds(row, ROWS)] = scale

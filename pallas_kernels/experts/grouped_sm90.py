@@ -15,12 +15,14 @@ from pallas_kernels import dispatch, tuning
 from pallas_kernels.dispatch import Device, Implementation
 from pallas_kernels.experts import grouped_plan, grouped_plan_sm90, grouped_rows_sm90
 from pallas_kernels.experts.decode_sm90 import shape_key
-from pallas_kernels.experts.grouped_matmul_sm90 import TILE_ROWS, Tile, grouped_down, grouped_up
+from pallas_kernels.experts.grouped_matmul_sm90 import Tile, grouped_down, grouped_up
 from pallas_kernels.experts.reference import adding_residual
 from pallas_kernels.route.api import Routing
 
 NAME = "grouped"
-WIDE, NARROW = 256, 128  # columns of an item's result, of both gates together
+FLAT, TALL = 128, 256  # rows of a tile
+WIDE, NARROW = 256, 128  # columns of an item's result, of both gates together; beside tall tiles, narrow
+SHORT, LONG = 64, 640  # rows of an expert, on average, between which tiles are tall
 FEW_WAVES = 3
 
 
@@ -56,23 +58,39 @@ def experts(
 
 
 def default_settings(routing: Routing, up_EGFD, *, num_sms: int) -> dict[str, int]:
-    """Narrow items, which load a half more per product, where wide ones would leave SMs without work at the end."""
+    """Tall tiles for tens to hundreds of rows an expert: weights are then read once for most experts, and not for every 128
+    rows; multiprocessors drift apart too far to share them through the cache.
+
+    Of the wide ones, narrow items, which load a half more per product, where wide ones would leave SMs without work at the
+    end.
+    """
     num_experts, gates, width, model_width = up_EGFD.shape
     choices = routing.experts_TA.size
-    row_tiles = choices // TILE_ROWS + min(num_experts, choices) // 2  # about: last tiles are half full
+    if SHORT < choices // num_experts < LONG:
+        return dict(tile_rows=TALL, up_columns=NARROW, up_band=4, down_columns=NARROW, down_band=4)
+    row_tiles = choices // FLAT + min(num_experts, choices) // 2  # about: last tiles are half full
 
     def columns(total: int) -> int:
         return NARROW if row_tiles * total < FEW_WAVES * num_sms * WIDE else WIDE
 
-    return dict(up_columns=columns(gates * width), up_band=8, down_columns=columns(model_width), down_band=4)
+    return dict(
+        tile_rows=FLAT, up_columns=columns(gates * width), up_band=8, down_columns=columns(model_width), down_band=4
+    )
 
 
 def candidates(x_TD, routing: Routing, up_EGFD, down_EDF, **arguments) -> list[dict[str, int]]:
     """Settings worth trying, the default first."""
     default = default_settings(routing, up_EGFD, num_sms=dispatch.current_device().num_sms)
-    columns = [default | dict(up_columns=up, down_columns=down) for up in (WIDE, NARROW) for down in (WIDE, NARROW)]
-    bands = [default | dict(up_band=band, down_band=band) for band in (2, 4, 8, 16)]
-    return [default, *(each for each in columns + bands if each != default)]
+    bands = dict(up_band=8, down_band=4)
+    flat = [
+        dict(tile_rows=FLAT, up_columns=up, down_columns=down) | bands
+        for up in (WIDE, NARROW)
+        for down in (WIDE, NARROW)
+    ]
+    tall = [
+        dict(tile_rows=TALL, up_columns=NARROW, up_band=band, down_columns=NARROW, down_band=band) for band in (2, 4, 8)
+    ]
+    return [default, *(each for each in flat + tall if each != default)]
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "first_expert", "settings", "num_sms"))
@@ -91,13 +109,14 @@ def _experts(
 ):
     num_experts, gates, _, model_width = up_EGFD.shape
     chosen = dict(settings)
-    up_tile = Tile(chosen["up_columns"] // gates, chosen["up_band"])
-    down_tile = Tile(chosen["down_columns"], chosen["down_band"])
+    tile_rows = chosen["tile_rows"]
+    up_tile = Tile(tile_rows, chosen["up_columns"] // gates, chosen["up_band"])
+    down_tile = Tile(tile_rows, chosen["down_columns"], chosen["down_band"])
     plan = grouped_plan_sm90.plan(
         routing.experts_TA,
         num_experts=num_experts,
         first_expert=first_expert,
-        tile_rows=TILE_ROWS,
+        tile_rows=tile_rows,
         places=routing.places,
     )
     num_rows = grouped_plan.num_rows(routing.experts_TA.size, num_experts)
