@@ -149,7 +149,7 @@ class Bench:
                     prompt=point.prompt,
                     new_tokens=point.new_tokens,
                     traces=point.kind == "decode" and point.batch > 1,
-                    prefill_options=compile_options(tries_alternatives=point.kind == "prefill"),
+                    prefill_options=compile_options(),
                     advance_options=compile_options(),
                 )
             if point.baselines:
@@ -293,16 +293,11 @@ class Bench:
         }
 
 
-def compile_options(*, tries_alternatives: bool = False) -> dict[str, Any]:
-    """Products by cuBLAS, by its own heuristics since XLA does not try alternatives here (see `prepare`), unless it is told to.
-
-    What is timed is timed while those that compile stand still.
-    """
+def compile_options() -> dict[str, Any]:
+    """What to compile with, since XLA may not try alternatives here (see `prepare`): its products by cuBLAS."""
     import jax
 
-    if jax.default_backend() != "gpu":
-        return {}
-    return {"xla_gpu_enable_triton_gemm": False} | ({"xla_gpu_autotune_level": 4} if tries_alternatives else {})
+    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else {}
 
 
 def message_of(error: Exception) -> str:

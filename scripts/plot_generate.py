@@ -195,7 +195,7 @@ def memory_table(points: list[Record]) -> list[str]:
 
 def subject(profile: Record) -> str:
     """What was profiled."""
-    if profile.get("phase") == "prefill":
+    if profile["phase"] == "prefill":
         return f"{profile['model']}, reading {profile['batch']} x {profile['prompt']}"
     return f"{profile['model']}, batch {profile['batch']}"
 
@@ -443,7 +443,8 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=pathlib.Path, help="where the JSON lines are")
     folder = parser.parse_args().folder or timing.results_path("generate.jsonl").parent
     records = list(last(read(folder / "generate.jsonl"), *KEYS).values())
-    profiles = list(last(read(folder / "profile.jsonl"), "model", "phase", "batch", "prompt").values())
+    profiled = ({"phase": "decode"} | record for record in read(folder / "profile.jsonl"))
+    profiles = list(last(profiled, "model", "phase", "batch", "prompt").values())
     sweep = sorted(last(read(folder / "experts_sweep.jsonl"), "experts").values(), key=lambda each: each["experts"])
     if not (records or profiles or sweep):
         raise SystemExit(

@@ -158,18 +158,28 @@ def _difference(one: Any, other: Any) -> float:
     return max(float(jnp.linalg.norm(a - b) / jnp.maximum(jnp.linalg.norm(a), 1e-30)) for a, b in floats)
 
 
-def best_settings(records: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Settings]]]:
-    """Of each record the default, or the fastest candidate where that gains `LEAST_GAIN`, as a table's settings."""
+def best_settings(
+    records: list[dict[str, Any]], offered: dict[tuple[str, str, int], list[Settings]]
+) -> dict[str, dict[str, dict[str, Settings]]]:
+    """Of each record the default, or the fastest candidate where that gains `LEAST_GAIN`, as a table's settings.
+
+    offered: the candidates of today, the default first, by `Point.key`. What a record has besides is older than the kernels.
+    """
     settings: dict[str, dict[str, dict[str, Settings]]] = {}
     for record in records:
-        timed = [(time_us, index) for index, time_us in enumerate(record["times_us"]) if time_us is not None]
+        key = record["op"], record["shape_key"], record["tokens"]
+        timed = [
+            (time_us, candidate)
+            for candidate, time_us in zip(record["candidates"], record["times_us"], strict=True)
+            if time_us is not None and candidate in offered.get(key, [])
+        ]
         if not timed:
             continue
-        fastest_us, index = min(timed)
-        default_us = record["times_us"][0]
-        chosen = index if fastest_us < (1 - LEAST_GAIN) * default_us else 0
-        buckets = settings.setdefault(record["op"], {}).setdefault(record["shape_key"], {})
-        buckets[str(record["tokens"])] = record["candidates"][chosen]
+        fastest_us, chosen = min(timed, key=lambda each: each[0])
+        default_us = [time_us for time_us, candidate in timed if candidate == offered[key][0]]
+        if default_us and fastest_us >= (1 - LEAST_GAIN) * default_us[0]:
+            chosen = offered[key][0]
+        settings.setdefault(record["op"], {}).setdefault(record["shape_key"], {})[str(record["tokens"])] = chosen
     return settings
 
 
@@ -205,7 +215,8 @@ def main() -> int:
     measured = timing.records_of_here(path)
     path = tuning.table_path(device.kind)
     path.parent.mkdir(exist_ok=True)
-    table = timing.context() | {"settings": best_settings(measured)}
+    offered = {point.key: candidates_of(point) for point in points(list(OPS), shapes, tokens)}
+    table = timing.context() | {"settings": best_settings(measured, offered)}
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     print(f"wrote {path}; of {len(done) + len(left)} points {len(measured)} are measured")
     return int(len(measured) < len(done) + len(left))

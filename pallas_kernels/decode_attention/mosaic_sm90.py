@@ -34,6 +34,8 @@ WIDTHS = (32, 64, 96, 128, 192, 256)
 MOST_WORKERS = 4
 MOST_SPLITS = 8  # the largest portable cluster
 LEAST_TILES = 4  # of a block that has only a part of the positions
+MANY_BLOCKS = 4  # on a multiprocessor, one after the other: more than these have one warpgroup each
+ROOM_FOR_CLUSTERS = 0.8  # of the multiprocessors
 LEAST_STAGES = 2  # with one, no tile is on its way while another is read
 SHARED_MEMORY_BYTES = 227 << 10
 NOTHING = -1e30  # the maximum of no scores
@@ -601,28 +603,28 @@ def _merged(parts):
 
 
 def default_settings(q_BQ, k_BKSH, *, window: int | None, norms_whole: bool, num_sms: int) -> dict[str, int]:
-    """Blocks enough for two on a multiprocessor, as far as each keeps a ring of two tiles or more beside partial results.
+    """As many blocks as find room at once, if each keeps a ring of two tiles or more beside partial results.
 
-    On an H200, qwen3's 8 x 4095 positions took 28.7 us with four blocks for a head, 36.3 with eight that had room for one tile.
+    On an H200, 8 x 4095 positions took 22.2 us with three blocks for a head of qwen3, 30.4 with four; 11.5 and 20.9 with two
+    and four at tinymistral. Clusters lie within groups of multiprocessors, some of which have fewer: of three blocks and more,
+    not as many find room as there are multiprocessors.
     """
     heads, tiles = k_BKSH.shape[0] * k_BKSH.shape[1], _most_tiles(k_BKSH, window)
 
     def settings(splits: int) -> dict[str, int]:
-        resident = 2 if heads * splits > num_sms else 1
-        workers = MOST_WORKERS // resident
+        blocks = heads * splits
+        resident = 2 if blocks > num_sms else 1
+        workers = 1 if blocks > MANY_BLOCKS * num_sms else MOST_WORKERS // resident
         return _settings(
             q_BQ, k_BKSH, tiles, norms_whole=norms_whole, splits=splits, resident=resident, most_workers=workers
         )
 
-    splits = 1
-    while (
-        2 * splits <= MOST_SPLITS
-        and 2 * splits * heads <= 2 * num_sms
-        and 2 * splits * LEAST_TILES <= tiles
-        and settings(2 * splits)["stages"] >= LEAST_STAGES
-    ):
-        splits *= 2
-    return settings(splits)
+    def fits(splits: int) -> bool:
+        room = num_sms if splits <= 2 else num_sms * ROOM_FOR_CLUSTERS
+        is_long_enough = splits * LEAST_TILES <= tiles
+        return heads * splits <= room and is_long_enough and settings(splits)["stages"] >= LEAST_STAGES
+
+    return settings(next((splits for splits in range(MOST_SPLITS, 1, -1) if fits(splits)), 1))
 
 
 def _settings(

@@ -22,7 +22,7 @@ from pallas_kernels.route.api import Routing
 NAME = "grouped"
 FLAT, TALL = 128, 256  # rows of a tile
 WIDE, NARROW = 256, 128  # columns of an item's result, of both gates together; beside tall tiles, narrow
-SHORT, LONG = 64, 640  # rows of an expert, on average, between which tiles are tall
+DEEP, SHORT = 2560, 64  # tiles are tall from this width of the model and more than so many rows an expert
 FEW_WAVES = 3
 
 
@@ -58,15 +58,15 @@ def experts(
 
 
 def default_settings(routing: Routing, up_EGFD, *, num_sms: int) -> dict[str, int]:
-    """Tall tiles for tens to hundreds of rows an expert: weights are then read once for most experts, and not for every 128
-    rows; multiprocessors drift apart too far to share them through the cache.
+    """Tall tiles for wide models: weights are then read once for 256 rows, and not for every 128; in items so long
+    multiprocessors drift apart too far to share them through the cache.
 
-    Of the wide ones, narrow items, which load a half more per product, where wide ones would leave SMs without work at the
+    Of the flat ones, narrow items, which load a half more per product, where wide ones would leave SMs without work at the
     end.
     """
     num_experts, gates, width, model_width = up_EGFD.shape
     choices = routing.experts_TA.size
-    if SHORT < choices // num_experts < LONG:
+    if model_width >= DEEP and choices // num_experts > SHORT:
         return dict(tile_rows=TALL, up_columns=NARROW, up_band=4, down_columns=NARROW, down_band=4)
     row_tiles = choices // FLAT + min(num_experts, choices) // 2  # about: last tiles are half full
 

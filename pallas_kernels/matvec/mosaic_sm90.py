@@ -39,6 +39,7 @@ MOST_PARTS = 8  # the largest portable cluster
 MOST_RESIDENT = 3  # blocks on a multiprocessor: while one begins or ends, the others load
 LEAST_STEPS = 8  # of a block: sharing a tile that is shorter costs more than it gains (measured)
 DEPTH = 256  # columns of a step: 0.3 us less than with 128, at every shape (measured)
+LEAST_STAGES = 3  # two took up to 16 % longer than more of shorter steps (measured)
 SHARED_MEMORY_BYTES = 227 << 10
 SWIZZLED = 64  # columns that a swizzled copy arranges together
 CHUNK = 64  # columns of the input that are scaled at a time: one tile of registers
@@ -382,13 +383,13 @@ def default_settings(x_TI, weights, *, num_sms: int, out_dtype=None) -> dict[str
 
 
 def _settings(x_TI, weights, *, parts: int, depth: int, num_sms: int, out_dtype) -> dict[str, int]:
-    """With a ring that fills a block's share of shared memory, if there is use for it; shorter steps where two do not fit."""
+    """With a ring that fills a block's share of shared memory, if there is use for it; shorter steps where few would fit."""
     tokens, gates = padded_tokens(x_TI.shape[0]), _gates(weights)
     resident = min(MOST_RESIDENT, pl.cdiv(_num_tiles(weights) * parts, num_sms))
     result_bytes = tokens * ROWS * (jnp.dtype(out_dtype or x_TI.dtype).itemsize + x_TI.dtype.itemsize)  # and a residual
     share_bytes = SHARED_MEMORY_BYTES // resident - _sums_bytes(x_TI, weights, parts) - result_bytes - (4 << 10)
     row_bytes = 2 * (gates * ROWS + tokens + 2)  # of a column of a slot
-    while depth > SWIZZLED and 2 * depth * row_bytes > share_bytes:
+    while depth > SWIZZLED and LEAST_STAGES * depth * row_bytes > share_bytes:
         depth //= 2
     my_steps = pl.cdiv(pl.cdiv(x_TI.shape[1], depth), parts)
     return dict(parts=parts, depth=depth, stages=max(2, min(my_steps, share_bytes // (depth * row_bytes))))

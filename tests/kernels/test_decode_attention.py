@@ -111,7 +111,7 @@ def test_default_settings_are_possible(case: cases.Case, num_sms: int) -> None:
 
 def test_tuned_settings_are_those_of_like_calls(monkeypatch) -> None:
     """Of as many requests to a power of two, of the same heads and norm, of caches of 4096 up to 8191 positions."""
-    key, tuned = "N32 K4 H128 S4096 norm", dict(splits=3, workers=2, stages=4)
+    key, tuned = "N32 K4 H128 S4096 norm", dict(splits=7, workers=2, stages=4)  # no default
     monkeypatch.setattr(tuning, "_table", lambda path: {f"decode_attention.{kernel.NAME}": {key: {8: tuned}}})
     run = []
     monkeypatch.setattr(kernel, "_decode_attention", lambda *arrays, splits, **static: run.append(splits))
@@ -122,7 +122,7 @@ def test_tuned_settings_are_those_of_like_calls(monkeypatch) -> None:
         operands, named = aot.shapes_of(functools.partial(cases.arguments, cases.Case("", tokens, heads, capacity, 9)))
         with dispatch.compiling_for(H200):
             kernel.decode_attention(*operands, **named)
-    assert [splits == 3 for splits in run] == [True, True, False, False, False]
+    assert [splits == 7 for splits in run] == [True, True, False, False, False]
 
 
 # Every layout of heads, with one block for each and with clusters.

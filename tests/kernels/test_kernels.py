@@ -51,6 +51,17 @@ def _shapes(cases: ModuleType, case: Any) -> tuple[tuple, dict[str, Any]]:
     return aot.shapes_of(functools.partial(cases.arguments, case))
 
 
+def _forget_others(case: Any) -> None:
+    """Gives up what is kept of another case, if there is room for one only: before anything is made for this one."""
+    if MOST_KEPT == 1 and _last_case[0] != case:
+        _arguments.cache_clear()
+        _exact.cache_clear()
+        _last_case[0] = case
+
+
+_last_case: list[Any] = [None]
+
+
 @functools.lru_cache(maxsize=MOST_KEPT)
 def _arguments(cases: ModuleType, case: Any) -> tuple[tuple, dict[str, Any]]:
     """A case's arguments, made in one program: to compile its operations one by one took a second of each test."""
@@ -234,6 +245,7 @@ def test_projection_compiles(op: Op, implementation: Implementation, case: Any) 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "implementation", "case"), ON_GPU + INTERPRETED)
 def test_on_gpu(op: Op, implementation: Implementation, case: Any) -> None:
+    _forget_others(case)
     operands, named = _arguments(op.cases, case)
     _poison_free_memory()
     op.check(_run(implementation, operands, named), case)
@@ -242,6 +254,7 @@ def test_on_gpu(op: Op, implementation: Implementation, case: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "implementation", "case"), _first_of_each(ON_GPU))
 def test_repeats_bit_by_bit(op: Op, implementation: Implementation, case: Any) -> None:
+    _forget_others(case)
     operands, named = _arguments(op.cases, case)
     arrays, run = _split(implementation, named)
     run = jax.jit(run)
