@@ -49,6 +49,7 @@ CPU = dispatch.Device("cpu", "cpu")
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 FOUND = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", re.MULTILINE)
 LONGEST_S = 180  # of one case
+RUNNING: set[int] = set()  # sanitizers, each the first of its process group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,17 +101,32 @@ def check(task: Task, *, sanitizer: str) -> dict[str, Any]:
         text=True,
         start_new_session=True,  # the sanitizer starts Python in turn: both have to end
     )
+    RUNNING.add(process.pid)
     try:
         said, _ = process.communicate(timeout=LONGEST_S)
     except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        end(process.pid)
         said = f"{process.communicate()[0]}\nended after {LONGEST_S} s"
+    RUNNING.discard(process.pid)
     summary = FOUND.search(said)
     found = int(summary[1]) if summary and process.returncode == 0 else None
     record = dataclasses.asdict(task) | {"found": found, "seconds": round(time.monotonic() - begin_s, 1)}
     told = said if len(said) < 4000 else f"{said[:2000]}\n[...]\n{said[-2000:]}"
     return record if found == 0 else record | {"said": told}
+
+
+def end(pid: int) -> None:
+    """Ends a sanitizer and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def stop(number: int, frame: Any) -> None:
+    """Ends this process and all sanitizers: they would hold the GPU and go on after it."""
+    for pid in list(RUNNING):
+        end(pid)
+    print("stopped; what was checked is in the records", file=sys.stderr, flush=True)
+    os._exit(128 + number)
 
 
 def main() -> int:
@@ -133,6 +149,8 @@ def main() -> int:
     if flags.run:
         run_case(*flags.run)
         return 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     output = flags.output or timing.results_path("sanitizer.jsonl")
     require_writable(output)
     clean = {_key(record) for record in timing.records_of_here(output) if record["found"] == 0}

@@ -12,6 +12,8 @@ from moe_jax.layers.norm import RMSNorm
 from pallas_kernels import Activation, activate, dispatch
 from pallas_kernels.matvec import has_kernel, matvec
 
+MOST_ROWS_NORMALISED_OFTEN = 16
+
 
 def linear(x_XI: jax.Array, weight_OI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
     """`x @ weight.T + bias` over the last dimension of x, accumulated in float32, in x's dtype.
@@ -70,9 +72,12 @@ def activated(
 def logits(x_XD: jax.Array, weight_VD: jax.Array, *, norm: RMSNorm | None = None) -> jax.Array:
     """`norm(x) @ weight.T` left in float32: vocabulary logits are not rounded to the model's dtype.
 
-    As `projected`, one launch where there is a kernel. Elsewhere on a GPU one row is multiplied and summed up, which XLA
-    does in one pass over the weight; of a product with one row it makes a slow one, or a float32 copy of the weight first.
+    As `projected`, one launch where there is a kernel; many rows are normalised before it, as each of its thousands of blocks
+    would normalise all of them. Elsewhere on a GPU one row is multiplied and summed up, which XLA does in one pass over the
+    weight; of a product with one row it makes a slow one, or a float32 copy of the weight first.
     """
+    if norm is not None and x_XD.size > MOST_ROWS_NORMALISED_OFTEN * x_XD.shape[-1]:
+        x_XD, norm = norm(x_XD), None
     rows_TD = x_XD.reshape(-1, x_XD.shape[-1])
     named: dict[str, Any] = dict(_norm_arguments(norm), out_dtype=jnp.float32)
     if has_kernel(rows_TD, weight_VD, **named):

@@ -1,5 +1,6 @@
 """The scripts that measure whole models, from end to end at toy size on a CPU, and the arithmetic behind their figures."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -501,6 +502,23 @@ def test_what_the_sanitizer_says_is_counted(load_script, tmp_path, says, status,
     record = script.check(script.Task("memcheck", "experts", "compact", "one_token"), sanitizer=str(sanitizer))
     assert record["found"] == found
     assert ("said" in record) is (found != 0) is (says in script.line(record))
+
+
+def test_no_sanitizer_outlives_its_script(load_script, tmp_path, monkeypatch):
+    script = load_script("sanitize_kernels")
+    sanitizer = tmp_path / "sanitizer"
+    sanitizer.write_text("#!/bin/sh\nsleep 600\n")
+    sanitizer.chmod(0o755)
+    statuses: list[int] = []
+    monkeypatch.setattr(script.os, "_exit", statuses.append)
+    task = script.Task("memcheck", "experts", "compact", "one_token")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        record = pool.submit(script.check, task, sanitizer=str(sanitizer))
+        while not script.RUNNING:
+            time.sleep(0.01)
+        script.stop(signal.SIGTERM, None)
+        assert record.result(timeout=30)["found"] is None
+    assert statuses == [143]
 
 
 @pytest.mark.parametrize("fixture", [CONFIG | {"tie_word_embeddings": True}, CONFIG])
