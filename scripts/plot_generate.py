@@ -53,6 +53,12 @@ def last(records: Iterable[Record], *keys: str) -> dict[tuple, Record]:
     return {tuple(record.get(key) for key in keys): record for record in records}
 
 
+def days(records: Iterable[Record]) -> str:
+    """When records were measured: the first day and the last, if they differ."""
+    dates = sorted({record["date"][:10] for record in records})
+    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+
+
 class Others:
     """What other systems reached at a point."""
 
@@ -274,7 +280,7 @@ def page(records: list[Record], profiles: list[Record], sweep: list[Record], oth
     ]  # fmt: skip
     lines = [
         f"# Generation on an {one['device']}", "",
-        f"jax {one['jax']}, {one['date'][:10]}, {one['dtype']}, random weights N(0, 0.02).",
+        f"jax {one['jax']}, {days(records + profiles + sweep)}, {one['dtype']}, random weights N(0, 0.02).",
         "Made by `scripts/plot_generate.py` from the JSON lines beside it.", "",
     ]  # fmt: skip
     for is_there, title, text, table in sections:

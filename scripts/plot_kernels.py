@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from plot_generate import lines_of
+from plot_generate import days, lines_of
 
 from pallas_kernels import timing
 
@@ -56,11 +56,12 @@ def read(path: pathlib.Path) -> Records:
 def table(records: Records) -> str:
     """Markdown: first microseconds and fractions of the floor, then the same layers by other means."""
     tokens = sorted({count for by_tokens in records.values() for count in by_tokens})
-    one = next(iter(next(iter(records.values())).values()))
+    points = [record for by_tokens in records.values() for record in by_tokens.values()]
+    one = points[0]
     lines = [
         f"# One MoE layer on an {one['device']}",
         "",
-        f"jax {one['jax']}, {one['date'][:10]}, bfloat16, uniform random routing, weights rotated past the L2 cache.",
+        f"jax {one['jax']}, {days(points)}, bfloat16, uniform random routing, weights rotated past the L2 cache.",
         "Made by `scripts/plot_kernels.py` from `kernels.jsonl`, which `scripts/benchmark_kernels.py` measured.",
         "",
         "Microseconds of device time with routing, and the fraction of the floor: the bytes of the active experts",

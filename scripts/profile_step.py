@@ -70,25 +70,30 @@ def by_operator(kernels: list[Any], origins: dict[str, Any]) -> tuple[dict[str, 
 
 
 def decode_profile(abstract: Any, config: dict[str, Any], flags: argparse.Namespace) -> Profile:
-    from moe_jax import profiling
+    from moe_jax import profiling, testing
+    from pallas_kernels import timing
 
     shape = dict(batch=flags.batch, prompt=flags.prompt, new_tokens=4 * STEPS)
     program, plain = compiled(abstract, "advance_options", shape)
-    leaves = profiling.parameters_of(large_random_model(config, flags.dtype))
-    step_us = 1e3 * profiling.measure(program, leaves).per_token_ms
-    # Prefill and one token are in both profiles: the difference is the steps alone.
-    kernels = profiling.per_step(*(kernels_of(plain, leaves, tokens) for tokens in (1, 1 + STEPS)), steps=STEPS)
+    with timing.gpu_to_oneself():
+        leaves = profiling.parameters_of(testing.large_random_model(config, dtype=flags.dtype))
+        step_us = 1e3 * profiling.measure(program, leaves).per_token_ms
+        # Prefill and one token are in both profiles: the difference is the steps alone.
+        kernels = profiling.per_step(*(kernels_of(plain, leaves, tokens) for tokens in (1, 1 + STEPS)), steps=STEPS)
     return Profile(program, leaves, 1 + STEPS, step_us, kernels, plain.advance.as_text())
 
 
 def prefill_profile(abstract: Any, config: dict[str, Any], flags: argparse.Namespace) -> Profile:
-    from moe_jax import profiling
+    from moe_jax import profiling, testing
+    from pallas_kernels import timing
 
     shape = dict(batch=flags.batch, prompt=flags.prompt, new_tokens=1)
     program, plain = compiled(abstract, "prefill_options", shape)
-    leaves = profiling.parameters_of(large_random_model(config, flags.dtype))
-    step_us = 1e3 * profiling.measure_first_token(program, leaves)
-    return Profile(program, leaves, 1, step_us, kernels_of(plain, leaves, 1), plain.prefill.as_text())
+    with timing.gpu_to_oneself():
+        leaves = profiling.parameters_of(testing.large_random_model(config, dtype=flags.dtype))
+        step_us = 1e3 * profiling.measure_first_token(program, leaves)
+        kernels = kernels_of(plain, leaves, 1)
+    return Profile(program, leaves, 1, step_us, kernels, plain.prefill.as_text())
 
 
 PHASES = {"decode": decode_profile, "prefill": prefill_profile}
@@ -105,12 +110,6 @@ def compiled(abstract: Any, which: str, shape: dict[str, int]) -> tuple[Any, Any
     if jax.default_backend() != "gpu":
         return program, program
     return program, profiling.compile_generate(abstract, **shape, **{which: options | NO_GRAPHS})
-
-
-def large_random_model(config: dict[str, Any], dtype: str) -> Any:
-    from moe_jax import testing
-
-    return testing.large_random_model(config, dtype=dtype)
 
 
 def kernels_of(program: Any, leaves: tuple[Any, ...], tokens: int) -> list[Any]:

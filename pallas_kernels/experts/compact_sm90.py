@@ -383,18 +383,23 @@ class Block:
 
         self.drain(self.for_each_item(functools.partial(stream, "up"), functools.partial(stream, "down")))
 
+    def load_row(self, name: str, token, loaded) -> None:
+        """A token's row into `row_smem`, complete when this returns."""
+        pieces, columns = self.shape.row_box
+
+        @pl.loop(0, pieces)
+        def _load(i):
+            part = pl.ds(i * columns, columns)
+            plgpu.copy_gmem_to_smem(self.inputs[name].at[token, part], self.row_smem.at[part], loaded)
+
+        plgpu.barrier_wait(loaded)
+
     def spread(self) -> None:
         pieces, columns = self.shape.row_box
 
         def copy(token, rows):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            @pl.loop(0, pieces)
-            def _load(i):
-                part = pl.ds(i * columns, columns)
-                plgpu.copy_gmem_to_smem(self.inputs["x"].at[token, part], self.row_smem.at[part], self.row_loaded)
-
-            plgpu.barrier_wait(self.row_loaded)
+            self.load_row("x", token, self.row_loaded)
             for row in rows:
 
                 @pl.when(row >= 0)
@@ -531,7 +536,7 @@ class Block:
             weights = [self.inputs["weights"][first_choice + a] for a in range(self.sizes.active)]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if "residual" in self.inputs:
-                self.load_residual(token)
+                self.load_row("residual", token, self.residual_loaded)  # to be replaced by the sum
 
             @pl.loop(0, shape.out_width // columns)
             def _columns(i):
@@ -556,19 +561,6 @@ class Block:
 
         self.for_each_token(combine_token)
         plgpu.wait_smem_to_gmem(0)
-
-    def load_residual(self, token) -> None:
-        """The token's row into `row_smem`, to be replaced by the sum."""
-        pieces, columns = self.shape.row_box
-
-        @pl.loop(0, pieces)
-        def _load(i):
-            part = pl.ds(i * columns, columns)
-            plgpu.copy_gmem_to_smem(
-                self.inputs["residual"].at[token, part], self.row_smem.at[part], self.residual_loaded
-            )
-
-        plgpu.barrier_wait(self.residual_loaded)
 
     # Between blocks
 

@@ -435,6 +435,19 @@ def tuned_points(load_script):
         return {point.key: script.candidates_of(point) for point in points}
 
 
+def test_defaults_are_within_a_tenth_of_the_best(tuned_points):
+    """As an H200 measured them; what no table knows, and other GPUs, take the default."""
+    records = [json.loads(line) for line in (ROOT / "docs/benchmarks/h200/tuning.jsonl").read_text().splitlines()]
+    assert {(record["op"], record["shape_key"], record["tokens"]) for record in records} == tuned_points.keys()
+    for record in records:
+        key = record["op"], record["shape_key"], record["tokens"]
+        timed = zip(record["candidates"], record["times_us"], strict=True)
+        offered = [(time_us, settings) for settings, time_us in timed if time_us and settings in tuned_points[key]]
+        best_us = min(time_us for time_us, _ in offered)
+        default_us = next(time_us for time_us, settings in offered if settings == tuned_points[key][0])
+        assert default_us <= 1.1 * best_us, key
+
+
 def test_settings_of_the_shipped_table_are_candidates(tuned_points):
     """A table is older than its kernels: what they no longer offer may not fit into shared memory."""
     table = tuning.parse(tuning.table_path(H200.kind).read_text(), source="the table")
